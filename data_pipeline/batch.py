@@ -1,0 +1,151 @@
+"""PackedBatch: the one contract between data and model, and its assembly from decoded segments.
+
+Invariant: every pack ends in a padding segment; a batch without images carries one dummy image whose features land in that
+segment. So the ViT, the projector and PLoRA always see at least one row, and nobody branches on "has images".
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.text.templates import Rendered
+
+IGNORE = -100
+"""Target of a row that only rounds L up."""
+PADDING_SOURCE = -1
+"""Source and sample of the padding segment."""
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch: packs laid end to end. T tokens, S segments (the last is padding), M images, V image tokens, L targets.
+
+    T and L are rounded up to buckets, so that shapes repeat; V is a multiple of the tokens of an image.
+    """
+
+    input_ids: Tensor
+    """[T] int64; image positions hold any valid id, their embedding is replaced."""
+    position_ids: Tensor
+    """[T] int64; restart at 0 in every segment."""
+    cu_seqlens: Tensor
+    """[S+1] int32; segment borders, cu_seqlens[-1] == T."""
+    images: Tensor
+    """[M, 3, H, W] uint8; normalised on the device."""
+    image_grid: Tensor
+    """[M, 2] int64; tiles of each image, rows then columns."""
+    image_index: Tensor
+    """[V] int64; packed positions of the projected features, in order; those of a dummy image point into the padding segment."""
+    target_index: Tensor
+    """[L] int64; positions whose next token is supervised."""
+    targets: Tensor
+    """[L] int64; the tokens to predict, `IGNORE` where L was rounded up."""
+    target_segment: Tensor
+    """[L] int64; the segment of each target, so that losses by source and by sample need no search."""
+    segment_source: Tensor
+    """[S] int32; source of each segment, `PADDING_SOURCE` for padding."""
+    segment_sample: Tensor
+    """[S] int64; row of each segment's sample in its source, `PADDING_SOURCE` for padding."""
+    segment_lengths: tuple[int, ...]
+    """The lengths of the S segments as Python ints: attention and FLOPs need no device read."""
+    supervised: int
+    """Targets that are not `IGNORE`."""
+    image_count: int
+    """Images that are not the dummy."""
+
+    @property
+    def max_seqlen(self) -> int:
+        """Length of the longest segment."""
+        return max(self.segment_lengths)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "PackedBatch":
+        """The same batch with its tensors on `device`."""
+        moved = {k: v.to(device, non_blocking=non_blocking) for k, v in self.tensors().items()}
+        return replace(self, **moved)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensor fields by name."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: v for k, v in values.items() if isinstance(v, Tensor)}
+
+    def pin_memory(self) -> "PackedBatch":
+        """The same batch in page-locked memory; torch's DataLoader calls this."""
+        return replace(self, **{k: v.pin_memory() for k, v in self.tensors().items()})
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A rendered piece with its pixels, ready to be packed."""
+
+    rendered: Rendered
+    pixels: tuple[np.ndarray, ...]
+    """One [3, H, W] uint8 an image."""
+    source: int
+    sample: int
+
+
+T_BUCKET = 64
+"""T is a multiple of this, at least one padding token included."""
+L_BUCKET = 64
+"""L is a multiple of this: ever-changing row counts made memory grow on CPUs."""
+
+
+def assemble(segments: Sequence[Segment], image_size: int, image_tokens: int, pad_id: int) -> PackedBatch:
+    """Lays segments end to end and closes with the padding segment; no segment at all gives an empty pack."""
+    rendered = [s.rendered for s in segments]
+    lengths = [len(r.ids) for r in rendered]
+    total = sum(lengths)
+    T = _round_up(total + 1, T_BUCKET)
+    lengths.append(T - total)
+    starts = np.cumsum([0, *lengths])
+    padding_at = T - 1
+
+    ids = np.full(T, pad_id, np.int64)
+    ids[:total] = _concatenate([r.ids for r in rendered])
+    positions = np.arange(T) - np.repeat(starts[:-1], lengths)
+
+    targets_at = [np.flatnonzero(r.supervised[1:]) + starts[i] for i, r in enumerate(rendered)]
+    target_index = _concatenate(targets_at)
+    supervised = len(target_index)
+    L = _round_up(max(supervised, 1), L_BUCKET)
+    targets = np.full(L, IGNORE, np.int64)
+    targets[:supervised] = ids[target_index + 1]
+    owner = np.repeat(np.arange(len(segments)), [len(t) for t in targets_at])
+
+    pixels = [p for s in segments for p in s.pixels]
+    image_index = _concatenate([r.image_positions + starts[i] for i, r in enumerate(rendered)])
+    image_count = len(pixels)
+    if not pixels:
+        pixels = [np.zeros((3, image_size, image_size), np.uint8)]
+        image_index = np.full(image_tokens, padding_at)
+    return PackedBatch(
+        input_ids=torch.from_numpy(ids),
+        position_ids=torch.from_numpy(positions),
+        cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
+        images=torch.from_numpy(np.stack(pixels)),
+        image_grid=torch.ones(len(pixels), 2, dtype=torch.int64),
+        image_index=torch.from_numpy(image_index),
+        target_index=torch.from_numpy(_fill(target_index, L, padding_at)),
+        targets=torch.from_numpy(targets),
+        target_segment=torch.from_numpy(_fill(owner, L, len(segments))),
+        segment_source=torch.tensor([*(s.source for s in segments), PADDING_SOURCE], dtype=torch.int32),
+        segment_sample=torch.tensor([*(s.sample for s in segments), PADDING_SOURCE], dtype=torch.int64),
+        segment_lengths=tuple(lengths),
+        supervised=supervised,
+        image_count=image_count,
+    )
+
+
+def _round_up(value: int, bucket: int) -> int:
+    return -(-value // bucket) * bucket
+
+
+def _concatenate(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
+
+
+def _fill(values: np.ndarray, length: int, value: int) -> np.ndarray:
+    return np.concatenate([values, np.full(length - len(values), value, np.int64)])

@@ -1,0 +1,80 @@
+"""The `data` section of a config: what is read, how it is cut into packs, and in which proportions.
+
+Every field that shapes a pack enters the plan digest (`data_pipeline.plan.plan.Plan.digest`); the others are cadence.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class MixUnit(Enum):
+    """What the weights of `data.sources` count."""
+
+    samples = "samples"  # weights are shares of samples
+    tokens = "tokens"  # weights are shares of tokens, image tokens included
+    epochs = "epochs"  # weights are epochs over the whole run, which then ends when the last epoch does
+
+
+@dataclass
+class SourceConfig:
+    """One source: a folder of shards with one kind of sample."""
+
+    path: str = MISSING
+    """Folder that holds the `*.tar` shards."""
+    index_dir: str | None = None
+    """Folder of the index where the shards' own folder is read-only; beside the shards by default."""
+    weight: str = "1"
+    """Share of this source in the mix, in `data.unit`; a decimal number, read exactly (0.1 is one tenth)."""
+
+
+@dataclass
+class ImageConfig:
+    """How an image becomes tokens. Policy `square`: every image is resized to one square tile."""
+
+    size: int = 490
+    """Side of the square in pixels (paper: 490; composition: 224)."""
+    tokens: int = 1225
+    """Tokens of one image after patching and merging: (size / patch / merge) squared."""
+    crop: float = 0.0
+    """Augmentation: largest share of a side that a random crop removes. 0 = none, our default: the paper states none."""
+    jitter: float = 0.0
+    """Augmentation: largest relative change of brightness, contrast and saturation. 0 = none."""
+
+
+@dataclass
+class DataConfig:
+    """From shards to packed batches."""
+
+    tokenizer: str = MISSING
+    """Folder that holds `tokenizer.json`; its digest must be that of the index."""
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """Sources by name; the names appear in metrics and in the ledger."""
+    unit: MixUnit = MixUnit.samples
+    """What the sources' weights count."""
+    context: int = 4096
+    """Token budget of a pack, and so the longest piece (paper: 4096)."""
+    images_per_pack: int = 64
+    """Image budget of a pack, in tiles."""
+    segments_per_pack: int = 256
+    """Segment budget of a pack."""
+    global_batch: int = MISSING
+    """Packs of one optimizer step."""
+    micro_packs: int = 1
+    """Packs that one rank runs forward and backward at once."""
+    window: int = 65536
+    """Draws that are packed together; 65,536 serves speed and shuffle (docs/data.md)."""
+    images: ImageConfig = field(default_factory=ImageConfig)
+    workers: int = 4
+    """Decoding processes a rank; 0 decodes in the training process. Does not change the batches."""
+    prefetch: int = 4
+    """Micro-batches that each worker keeps ready."""
+
+
+def as_plain(config: Any) -> dict[str, Any]:
+    """A dataclass config as nested dictionaries of plain values, for digests and files."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)  # type: ignore[return-value]

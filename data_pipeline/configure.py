@@ -1,0 +1,140 @@
+"""Reads YAML files and `key=value` overrides into typed configs, strictly.
+
+Invariant: what comes out has no unknown key and no wrong type; anything else is a one-line user error that names the file, the key and
+the cure. Knows no section: the schema is passed in.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from data_pipeline.config import DataConfig
+from data_pipeline.errors import UserError
+
+Schema = TypeVar("Schema")
+
+
+@dataclass
+class _Run:
+    seed: int = 0
+
+
+@dataclass
+class DataView:
+    """What this package reads of a stage's YAML."""
+
+    run: _Run = field(default_factory=_Run)
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+def load_data_view(path: Path, overrides: Sequence[str] = ()) -> DataView:
+    """The `data` section and the seed of a stage's YAML.
+
+    Raises:
+        UserError: what is wrong, where, and the cure.
+    """
+    return load(DataView, path, overrides, keep=("data", "run.seed"))
+
+
+def load(schema: type[Schema], path: str | Path, overrides: Sequence[str] = (), keep: Sequence[str] = ()) -> Schema:
+    """The config of one stage.
+
+    Args:
+        schema: the dataclass of the whole tree.
+        path: its YAML; `base: other.yaml` in it inherits, relative to the file.
+        overrides: `section.key=value`, applied last.
+        keep: keys to read where the schema is only a part of the tree; all by default.
+
+    Raises:
+        UserError: what is wrong, where, and the cure.
+    """
+    layers = [(str(file), layer) for file, layer in _layers(Path(path))]
+    layers += [(f"override {override}", _override(override)) for override in overrides]
+    merged = OmegaConf.structured(schema)
+    for where, layer in layers:
+        part = OmegaConf.masked_copy(layer, []) if keep else layer
+        for key in keep:
+            value = OmegaConf.select(layer, key)
+            if value is not None:
+                OmegaConf.update(part, key, value)
+        merged = _merge(schema, merged, part, where)
+    try:
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_one_line(error)} (give it in the YAML or as key=value)") from None
+
+
+def _override(override: str) -> DictConfig:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} is not key=value (for example train.steps=100)")
+    layer = OmegaConf.create()
+    OmegaConf.update(layer, key, _parse_value(override, value))
+    return layer
+
+
+def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, DictConfig]]:
+    """The file and what it inherits, base first."""
+    if path.resolve() in seen:
+        raise UserError(f"{path}: `base` leads back to itself (break the circle)")
+    try:
+        layer = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"no such config: {path} (the repository's own are in configs/)") from None
+    except (OSError, ValueError, OmegaConfBaseException) as error:
+        raise UserError(f"{path} cannot be read: {_one_line(error)}") from None
+    except Exception as error:  # noqa: BLE001  yaml raises its own tree of errors, which OmegaConf does not wrap
+        raise UserError(f"{path} is not YAML: {_one_line(error)}") from None
+    if not isinstance(layer, DictConfig):
+        raise UserError(f"{path} is not a mapping of sections (begin with `run:`)")
+    base = layer.pop("base", None)
+    below = _layers(path.parent / str(base), (*seen, path.resolve())) if base is not None else []
+    return [*below, (path, layer)]
+
+
+def _merge(schema: type, merged: DictConfig, layer: DictConfig, where: str) -> DictConfig:
+    try:
+        return OmegaConf.merge(merged, layer)  # type: ignore[return-value]
+    except ConfigKeyError as error:
+        key = str(error.full_key or error.key)
+        raise UserError(f"{where}: unknown key {key}{_nearest(schema, key)}") from None
+    except OmegaConfBaseException as error:
+        raise UserError(f"{where}: {error.full_key or 'value'}: {_one_line(error)}") from None
+
+
+def _nearest(schema: type, key: str) -> str:
+    """A hint that names the known key that looks most like this one."""
+    parent, _, name = key.rpartition(".")
+    known: Any = schema
+    for part in parent.split(".") if parent else []:
+        hints = get_type_hints(known) if is_dataclass(known) else {}
+        name_of = re.sub(r"\[.*", "", part)
+        known = _inner_dataclass(hints.get(name_of)) if hints else known
+    names = [f.name for f in fields(known)] if is_dataclass(known) else []
+    close = difflib.get_close_matches(name, names, 1, 0.5)
+    if close:
+        return f" (did you mean {close[0]}?)"
+    return f" (known: {', '.join(names)})" if names else ""
+
+
+def _inner_dataclass(hint: Any) -> Any:
+    if is_dataclass(hint):
+        return hint
+    return next((found for a in get_args(hint) if is_dataclass(found := _inner_dataclass(a))), None)
+
+
+def _parse_value(override: str, text: str) -> Any:
+    try:
+        return OmegaConf.create(f"value: {text}").value
+    except Exception as error:  # noqa: BLE001  as for a file: yaml's own errors
+        raise UserError(f"override {override!r}: {_one_line(error)} (quote the value)") from None
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,23 @@
+"""The two kinds of failure that reach a user: a mistake that they can mend, and a cause that may pass.
+
+Everything a user can mend is raised as `UserError`, whose text says what is wrong, where, and the cure; command lines print it
+as one line and exit with its code.
+"""
+
+EXIT_DONE = 0
+EXIT_CRASH = 1
+EXIT_USER = 2
+EXIT_NEEDS_PERSON = 70
+EXIT_TRY_AGAIN = 75
+
+
+class UserError(Exception):
+    """A mistake in input or configuration. The message is one line: what, where, cure."""
+
+    exit_code = EXIT_USER
+
+
+class TryAgainError(Exception):
+    """A cause outside the run that may pass (network, deadline); nothing was lost and the same command goes on."""
+
+    exit_code = EXIT_TRY_AGAIN

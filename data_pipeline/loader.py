@@ -1,0 +1,220 @@
+"""The loader: walks the plan, lets torch's DataLoader materialise, and hands out whole optimizer steps.
+
+The only stateful file of the package. Invariant: the sequence of steps is that of the plan from the start cursor, whatever the number
+of workers; the state to save is the cursor that travels with a *consumed* step, since the sampler runs ahead.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from data_pipeline.batch import PackedBatch
+from data_pipeline.config import DataConfig, as_plain
+from data_pipeline.errors import TryAgainError, UserError
+from data_pipeline.plan.balance import EMPTY, CostModel, assign, cost
+from data_pipeline.plan.columns import Budgets, ImagePolicy
+from data_pipeline.plan.plan import Cursor, Plan
+from data_pipeline.plan.split import Pieces
+from data_pipeline.read.ledger import BadEntry
+from data_pipeline.read.materialise import Materialiser
+from data_pipeline.shards.source import ShardSource
+from data_pipeline.text import templates
+from data_pipeline.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one rank runs as one micro-batch of a step."""
+
+    step: int
+    micro: int
+    micro_steps: int
+    packs: tuple[Pieces, ...]
+    cursor: Cursor
+    """Where the next step begins."""
+    progress: float | None
+    """Share of the planned windows that is done after this step; None where the mix has no end of its own."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A materialised request."""
+
+    request: Request
+    batch: PackedBatch
+    bad: list[BadEntry]
+
+    def pin_memory(self) -> "MicroBatch":
+        """The same in page-locked memory; torch's DataLoader calls this."""
+        return replace(self, batch=self.batch.pin_memory())
+
+
+@dataclass(frozen=True)
+class StepData:
+    """All micro-batches of one optimizer step of this rank."""
+
+    step: int
+    cursor: Cursor
+    progress: float | None
+    micro_batches: list[MicroBatch]
+
+    @property
+    def supervised(self) -> int:
+        """Supervised tokens on this rank."""
+        return sum(m.batch.supervised for m in self.micro_batches)
+
+    @property
+    def bad(self) -> list[BadEntry]:
+        """What this rank had to drop."""
+        return [entry for m in self.micro_batches for entry in m.bad]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Everything that a config's `data` section names, opened and checked."""
+
+    sources: list[ShardSource]
+    tokenizer: Tokenizer
+    plan: Plan
+
+
+def open_data(config: DataConfig, seed: int) -> Data:
+    """Opens sources and tokenizer and builds the plan.
+
+    Raises:
+        UserError: a folder is missing, an index does not match, a weight is no number, a budget cannot hold a sample.
+    """
+    if not config.sources:
+        raise UserError("data.sources is empty (name at least one source: {NAME: {path: FOLDER}})")
+    tokenizer = Tokenizer(config.tokenizer)
+    sources = [ShardSource(name, source.path, source.index_dir) for name, source in config.sources.items()]
+    for source in sources:
+        source.require_tokenizer(tokenizer.digest)
+    needed = config.images.tokens + templates.OVERHEAD
+    if needed > config.context and any(s.images for s in sources):
+        raise UserError(f"data.context: {config.context} tokens do not hold an image of {needed} (raise data.context)")
+    try:
+        plan = Plan(
+            sources,
+            [_weight(name, source.weight) for name, source in config.sources.items()],
+            config.unit.value,
+            Budgets(config.context, config.images_per_pack, config.segments_per_pack),
+            ImagePolicy(config.images.tokens),
+            [templates.OVERHEAD] * len(sources),
+            config.window,
+            config.global_batch,
+            seed,
+            extra_digest=f"{tokenizer.digest} {templates.VERSION} {as_plain(config.images)}",
+        )
+    except ValueError as error:
+        raise UserError(f"data: {error} (mend the data section)") from None
+    return Data(sources, tokenizer, plan)
+
+
+def _weight(name: str, text: str) -> Fraction:
+    try:
+        weight = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise UserError(f"data.sources.{name}.weight: {text!r} is not a number (write a decimal such as 0.25)") from None
+    if weight < 0:
+        raise UserError(f"data.sources.{name}.weight: {text} is negative (weights are shares; leave the source out instead)")
+    return weight
+
+
+class StepSampler(Sampler[Request]):
+    """Walks the plan for one rank; the next window is planned in a thread while this one is trained on."""
+
+    def __init__(self, config: DataConfig, plan: Plan, cost_model: CostModel, rank: int, ranks: int, cursor: Cursor, step: int) -> None:
+        self.config, self.plan, self.cost_model = config, plan, cost_model
+        self.rank, self.ranks = rank, ranks
+        self.cursor, self.step = cursor, step
+
+    def __iter__(self) -> Iterator[Request]:
+        """Requests from the start cursor to the end of the plan."""
+        cursor, step, ahead = self.cursor, self.step, 0
+        with ThreadPoolExecutor(1, thread_name_prefix="plan") as thread:
+            while True:
+                global_batch = self.plan.global_batch(cursor)
+                if not global_batch.packs:
+                    return
+                cursor = global_batch.cursor
+                if cursor.window >= ahead and not global_batch.done:
+                    ahead = cursor.window + 1
+                    thread.submit(self.plan.window, ahead)  # past the end it raises into the unread future
+                slots = self.assign(global_batch.packs)[:, self.rank]
+                for micro, numbers in enumerate(slots):
+                    packs = tuple(global_batch.packs[n] for n in numbers if n != EMPTY)
+                    yield Request(step, micro, len(slots), packs, cursor, global_batch.progress)
+                step += 1
+
+    def assign(self, packs: list[Pieces]) -> np.ndarray:
+        """[micro_steps, ranks, micro_packs] numbers of packs or EMPTY; the same on every rank."""
+        pieces = Pieces.concatenate(packs)
+        starts = np.cumsum([0, *(len(p) for p in packs)])
+        costs = cost(pieces.tokens, pieces.images, starts, self.cost_model)
+        return assign(costs, self.ranks, self.config.micro_packs, self.config.global_batch)
+
+
+class _Requests(Dataset[MicroBatch | UserError | TryAgainError]):
+    """`dataset[request]` materialises; the pieces travel in the request, so workers plan nothing.
+
+    A user error travels as a value: torch would raise its own copy, with the worker's traceback for a message.
+    """
+
+    def __init__(self, materialiser: Materialiser) -> None:
+        self.materialiser = materialiser
+
+    def __getitem__(self, request: Request) -> MicroBatch | UserError | TryAgainError:
+        try:
+            batch, bad = self.materialiser.batch(request.packs)
+        except (UserError, TryAgainError) as error:
+            return error
+        return MicroBatch(request, batch, bad)
+
+
+class Loader:
+    """Iterates over `StepData` of one rank from a cursor."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        data: Data,
+        seed: int,
+        cost_model: CostModel,
+        rank: int,
+        ranks: int,
+        cursor: Cursor,
+        step: int,
+        pin: bool = False,
+    ) -> None:
+        self._loader = DataLoader(
+            _Requests(Materialiser(data.sources, data.tokenizer, config.images, seed)),
+            sampler=StepSampler(config, data.plan, cost_model, rank, ranks, cursor, step),
+            batch_size=None,
+            num_workers=config.workers,
+            prefetch_factor=config.prefetch if config.workers else None,
+            pin_memory=pin,
+            generator=torch.Generator(),  # its own: starting an iterator must not move the training's random state
+        )
+
+    def __iter__(self) -> Iterator[StepData]:
+        """Whole steps in order, until the plan ends.
+
+        Raises:
+            TryAgainError: the file system failed in a worker.
+            UserError: an index lost its files.
+        """
+        micro_batches: list[MicroBatch] = []
+        for micro_batch in self._loader:
+            if isinstance(micro_batch, Exception):
+                raise micro_batch
+            micro_batches.append(micro_batch)
+            request = micro_batch.request
+            if len(micro_batches) == request.micro_steps:
+                yield StepData(request.step, request.cursor, request.progress, micro_batches)
+                micro_batches = []

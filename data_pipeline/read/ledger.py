@@ -1,0 +1,59 @@
+"""The ledger of bad samples: one JSON line a sample that was dropped, with shard, key, byte range and reason.
+
+Invariant: a line is written once its batch is consumed, by the rank that consumed it; a life that replays a step writes its lines
+again, so readers count a (step, source, shard, offset) once.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class BadEntry:
+    """One dropped segment."""
+
+    source: str
+    shard: str
+    key: str
+    offset: int
+    size: int
+    reason: str
+
+
+class Ledger:
+    """`RUN/ledger/rank-N.jsonl`; opened when the first line comes."""
+
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        self._path = run_dir / "ledger" / f"rank-{rank}.jsonl"
+
+    def write(self, step: int, entries: list[BadEntry]) -> None:
+        """Appends the entries of a consumed step."""
+        if not entries:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a") as file:
+            file.writelines(json.dumps({"step": step, **asdict(e)}) + "\n" for e in entries)
+
+
+def copy_index_damage(run_dir: Path, damaged: dict[str, Path]) -> None:
+    """Writes what the indexes could not use to `RUN/ledger/index.jsonl`, each line with its source's name."""
+    target = run_dir / "ledger" / "index.jsonl"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("w") as out:
+        for source, path in damaged.items():
+            with path.open() as lines:
+                out.writelines(json.dumps({"source": source, **json.loads(line)}) + "\n" for line in lines)
+
+
+def read_ledger(run_dir: Path) -> list[dict[str, Any]]:
+    """All lines of a run, each dropped sample of a step once."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for file in sorted((run_dir / "ledger").glob("*.jsonl")):
+        for line in file.read_text().splitlines(keepends=True):
+            if not line.endswith("\n"):
+                continue  # cut by a kill; the replayed step writes it again
+            entry = json.loads(line)
+            found[entry.get("step", -1), entry["source"], entry["shard"], entry["offset"]] = entry
+    return list(found.values())

@@ -1,0 +1,87 @@
+"""Turns planned pieces into segments: reads the bytes, parses, tokenises, decodes.
+
+Invariant: a piece gives the same segment on every worker, rank and life, or is dropped everywhere for the same reason.
+"""
+
+import tarfile
+from collections.abc import Sequence
+
+import numpy as np
+
+from data_pipeline.batch import PackedBatch, Segment, assemble
+from data_pipeline.config import ImageConfig
+from data_pipeline.plan.split import Pieces
+from data_pipeline.read.images import decode, to_square
+from data_pipeline.read.ledger import BadEntry
+from data_pipeline.read.storage import ShardReader
+from data_pipeline.samples import BadSample, Element, ImageElement, parse
+from data_pipeline.shards.source import ShardSource
+from data_pipeline.shards.tar import read_members
+from data_pipeline.text.templates import Bounds, render
+from data_pipeline.text.tokenizer import Tokenizer
+
+
+class Materialiser:
+    """Reads pieces of a fixed list of sources; one a worker."""
+
+    def __init__(self, sources: Sequence[ShardSource], tokenizer: Tokenizer, images: ImageConfig, seed: int) -> None:
+        self.sources = list(sources)
+        self.tokenizer = tokenizer
+        self.images = images
+        self.seed = seed
+        self.reader = ShardReader()
+
+    def batch(self, packs: Sequence[Pieces]) -> tuple[PackedBatch, list[BadEntry]]:
+        """The packs of a micro-batch as one batch, and what had to be dropped."""
+        found = [part for pieces in packs for part in self.segments(pieces)]
+        return self.assemble([s for s in found if isinstance(s, Segment)]), [b for b in found if isinstance(b, BadEntry)]
+
+    def segments(self, pieces: Pieces) -> list[Segment | BadEntry]:
+        """What each piece of a pack gives: its segment, or why it was dropped."""
+        return [self._segment(pieces, i) for i in range(len(pieces))]
+
+    def assemble(self, segments: Sequence[Segment]) -> PackedBatch:
+        """The segments as one batch."""
+        return assemble(segments, self.images.size, self.images.tokens, self.tokenizer.end)
+
+    def elements(self, source: int, row: int) -> list[Element]:
+        """The parsed elements of a sample.
+
+        Raises:
+            BadSample: its bytes cannot be used.
+        """
+        try:
+            members = read_members(self.reader.read(self.sources[source].locate(row)))
+        except tarfile.TarError as error:
+            raise BadSample(f"unreadable tar: {error}") from None
+        return parse(self.sources[source].kind, members)
+
+    def _segment(self, pieces: Pieces, i: int) -> Segment | BadEntry:
+        source, row, epoch = int(pieces.source[i]), int(pieces.row[i]), int(pieces.epoch[i])
+        bounds = Bounds(
+            int(pieces.start_element[i]),
+            int(pieces.start_offset[i]),
+            int(pieces.end_element[i]),
+            int(pieces.end_offset[i]),
+            bool(pieces.last[i]),
+        )
+        try:
+            elements = self.elements(source, row)
+            rendered = render(elements, bounds, self.tokenizer, self.images.tokens)
+            counted = int(pieces.tokens[i]) - (0 if bounds.last else 1)
+            if len(rendered.ids) != counted:
+                raise BadSample(f"sample changed since it was indexed: {len(rendered.ids)} tokens, not {counted}")
+            pixels = tuple(self._pixels(elements, number, source, epoch, row) for number in rendered.images)
+        except BadSample as error:
+            at = self.sources[source].locate(row)
+            name = self.sources[source].name
+            return BadEntry(name, at.shard.name, self.sources[source].key(row), at.offset, at.size, str(error))
+        return Segment(rendered, pixels, source, row)
+
+    def _pixels(self, elements: list[Element], number: int, source: int, epoch: int, row: int) -> np.ndarray:
+        element = elements[number]
+        if not isinstance(element, ImageElement):
+            raise BadSample(f"element {number} is not the image that was indexed")
+        augmented = self.images.crop or self.images.jitter
+        rng = np.random.default_rng([self.seed, source, epoch, row, number]) if augmented else None
+        return to_square(decode(element.data), self.images, rng)

@@ -1,0 +1,132 @@
+"""Walks a tar as WebDataset reads it: members with one key, side by side, are a sample.
+
+Invariant: a damaged tar yields every whole sample before the damage and then says what is wrong and where; only the file system's own
+errors are raised, since they may pass. Nothing is ever extracted to the file system.
+"""
+
+import errno
+import io
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+BLOCK = 512
+
+
+@dataclass
+class RawSample:
+    """A sample's place in its tar."""
+
+    key: str
+    offset: int
+    """First byte of its first header."""
+    end: int
+    """One past the last byte of its last member, padding included."""
+    members: list[tuple[str, int, int]] = field(default_factory=list)
+    """(extension, offset in the tar, size in bytes), in order."""
+
+
+@dataclass
+class Damage:
+    """What is wrong with a tar from `offset` on."""
+
+    offset: int
+    reason: str
+    key: str = ""
+    """The sample that it cut, where that is known."""
+
+
+_UNREADABLE = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, MemoryError, RecursionError)
+"""What tarfile raises where headers lie: sizes that no memory holds, chains of headers, seeks to nowhere."""
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and extension of a member, by WebDataset's rule: the key ends at the first dot of the last path component."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
+def walk(path: Path) -> Iterator[RawSample | Damage]:
+    """The samples of a tar in order; a `Damage`, if any, comes last.
+
+    Raises:
+        OSError: the file system failed.
+    """
+    size = path.stat().st_size
+    current: RawSample | None = None
+    position = 0
+    with path.open("rb") as file:
+        try:
+            # names that are not UTF-8 must still be names that an index can hold
+            tar = tarfile.TarFile(fileobj=file, mode="r", errorlevel=1, encoding="utf-8", errors="backslashreplace")
+            while (member := tar.next()) is not None:
+                position = member.offset
+                end = tar.offset
+                tar.members.clear()  # tarfile remembers every member; a shard may hold millions
+                if member.size < 0 or end <= member.offset:
+                    yield from _flush(current)
+                    yield Damage(member.offset, f"unreadable tar: {member.name!r} has {member.size} bytes")
+                    return
+                if member.offset_data + member.size > size:
+                    cut = split_name(member.name)[0]
+                    yield from _flush(current, drop=cut)
+                    yield Damage(member.offset, f"truncated tar: {member.name!r} ends past the end of the file", cut)
+                    return
+                position = end
+                if not member.isfile():
+                    continue
+                key, extension = split_name(member.name)
+                # a second member of one name begins the key anew: two samples that share a key, side by side
+                if current is None or current.key != key or any(extension == e for e, _, _ in current.members):
+                    yield from _flush(current)
+                    current = RawSample(key, member.offset, end)
+                current.members.append((extension, member.offset_data, member.size))
+                current.end = min(end, size)
+        except _UNREADABLE as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                raise
+            yield from _flush(current)
+            yield Damage(position, f"unreadable tar: {error}")
+            return
+        yield from _flush(current)
+        reason = _judge_end(file, position)
+        if reason:
+            yield Damage(position, reason)
+
+
+def read_members(data: bytes) -> dict[str, bytes]:
+    """Members of one sample by extension, from the bytes of its range.
+
+    Raises:
+        tarfile.TarError: the bytes are not that of whole members.
+    """
+    members: dict[str, bytes] = {}
+    data += bytes(-len(data) % BLOCK)  # a tar that was cut in its last padding still holds the whole member
+    with tarfile.TarFile(fileobj=io.BytesIO(data), mode="r", errorlevel=1, encoding="utf-8", errors="backslashreplace") as tar:
+        for member in tar:
+            if member.isfile():
+                members[split_name(member.name)[1]] = data[member.offset_data : member.offset_data + member.size]
+    return members
+
+
+def _flush(sample: RawSample | None, drop: str | None = None) -> Iterator[RawSample]:
+    """The finished sample, unless the damage cut one of its own members."""
+    if sample is not None and sample.key != drop:
+        yield sample
+
+
+def _judge_end(file: io.BufferedReader, position: int) -> str | None:
+    """What is wrong at the place where tarfile found no further member; None at an end marker with nothing behind it."""
+    file.seek(position)
+    tail = file.read(BLOCK)
+    if not tail:
+        return "truncated tar: no end marker"
+    if tail.strip(b"\0"):
+        return "truncated tar: a header is cut" if len(tail) < BLOCK else "garbage between members"
+    while tail:
+        if tail.strip(b"\0"):
+            return "data after the end marker: zero bytes between members, or several tars in one file"
+        tail = file.read(1 << 20)
+    return None

@@ -1,0 +1,47 @@
+"""Packaging of OpenXComposer. Bounds admit what was tested and stop before the next release that may break it."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="open-xcomposer",
+    version="0.1.0",
+    description="Open pretraining pipeline for InternLM-XComposer2: WebDataset in, DeepSpeed ZeRO training, SLURM",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["data_pipeline*", "train*", "slurm*", "compose*"]),
+    package_data={"train.report": ["*.html"], "data_pipeline.inspect": ["*.html"]},
+    install_requires=[
+        "deepspeed>=0.19,<0.20",
+        "jinja2>=3.1,<4",
+        "ninja>=1.11",  # DeepSpeed compiles its CPU communication kernel on first use
+        "numpy>=1.26,<3",
+        "omegaconf>=2.4,<2.5",
+        "pillow>=11,<14",
+        "pyarrow>=18,<30",
+        "rich>=13,<16",
+        "safetensors>=0.5,<1",
+        "tensorboard>=2.18,<3",
+        "timm>=1.0.20,<1.1",
+        "tokenizers>=0.21,<1",
+        "torch>=2.10,<2.15",
+        "torchvision>=0.25,<0.30",  # each release pins its torch; timm needs it
+        "wandb>=0.20,<1",
+        "webdataset>=1.0,<2",
+    ],
+    extras_require={
+        "gpu": ["flash-attn>=2.8,<3"],
+        "dev": [
+            "hypothesis>=6.100,<7",
+            "import-linter>=2.1,<3",
+            "pytest>=8,<10",
+            "pytest-timeout>=2.3,<3",
+            "ruff>=0.12,<1",
+        ],
+    },
+    entry_points={
+        "console_scripts": [
+            "xc-data=data_pipeline.cli:main",
+            "xc-train=train.cli:main",
+        ]
+    },
+)

@@ -1,0 +1,62 @@
+"""Fixtures that all tests share: the demo data, indexed outside the repository.
+
+Invariant: no test writes into the repository, and nothing here imports torch: a test that needs none should start at once.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo"
+DEMO_SOURCES = ("pairs", "documents", "text")
+HELD_OUT = ("heldout/text", *(f"heldout/unseen_{what}/{part}" for what in ("picture", "concept") for part in ("validation", "test")))
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The demo data, indexed and merged."""
+
+    root: Path
+
+    @property
+    def tokenizer(self) -> Path:
+        """Folder of the tokenizer."""
+        return self.root / "tokenizer"
+
+    def source(self, name: str) -> Path:
+        """Folder of a source: pairs, documents, text or one below heldout."""
+        return self.root / name
+
+    def copy(self, name: str, to: Path) -> Path:
+        """A source with its index that a test may damage."""
+        return Path(shutil.copytree(self.root / name, to))
+
+
+@pytest.fixture(scope="session")
+def xc_data() -> Callable[..., int]:
+    """Runs an `xc-data` command in this process; returns its exit code."""
+    from data_pipeline.cli import main
+
+    def run(*arguments: object) -> int:
+        with pytest.raises(SystemExit) as ended:
+            main([str(a) for a in arguments])
+        return int(ended.value.code or 0)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory, xc_data: Callable[..., int]) -> Demo:
+    """examples/demo, copied and indexed through the command line."""
+    root = tmp_path_factory.mktemp("demo")
+    shutil.copytree(DEMO / "tokenizer", root / "tokenizer")
+    for name in (*DEMO_SOURCES, *HELD_OUT):
+        (root / name).mkdir(parents=True)
+        for file in [*(DEMO / name).glob("*.tar"), *(DEMO / name).glob("candidates.json")]:
+            shutil.copy(file, root / name)
+        assert xc_data("index", root / name, "--tokenizer", root / "tokenizer") == 0
+        assert xc_data("merge", root / name) == 0
+    return Demo(root)

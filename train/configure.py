@@ -1,0 +1,107 @@
+"""The config of a stage, read and checked: what no type can express is refused here, before any process is started."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+
+from data_pipeline import configure
+from data_pipeline.config import MixUnit
+from data_pipeline.errors import UserError
+from train.config import Config
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of one stage; see `data_pipeline.configure.load`.
+
+    Raises:
+        UserError: what is wrong, where, and the cure.
+    """
+    config = configure.load(Config, path, overrides)
+    _check(config, str(path))
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config: alone enough to repeat the run."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """The resolved config as plain values, for dashboards."""
+    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)  # type: ignore[return-value]
+
+
+def read_resolved(run_dir: Path) -> Config:
+    """The resolved config that a run directory holds.
+
+    Raises:
+        UserError: it holds none.
+    """
+    file = run_dir / "config.yaml"
+    if not file.exists():
+        raise UserError(f"{run_dir} is no run directory: no config.yaml in it (give the directory of run.dir)")
+    return load(file)
+
+
+def shaping_difference(ours: Config, theirs: Config) -> str | None:
+    """The first key that shapes the result and differs; cadence, logging, workers and the engine's stage may differ."""
+    a, b = as_dict(ours), as_dict(theirs)
+    for path in ("run.stage", "run.seed", "run.init_from", "data", "model", "train"):
+        found = _difference(_at(a, path), _at(b, path), path)
+        if found:
+            return found
+    return None
+
+
+def _at(tree: Any, path: str) -> Any:
+    for part in path.split("."):
+        tree = tree[part]
+    return tree
+
+
+def _difference(a: Any, b: Any, path: str) -> str | None:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in [*a, *(k for k in b if k not in a)]:
+            if path == "data" and key in ("workers", "prefetch"):
+                continue
+            found = _difference(a.get(key), b.get(key), f"{path}.{key}")
+            if found:
+                return found
+        return None
+    return None if a == b else path
+
+
+def _check(config: Config, where: str) -> None:
+    """Contradictions that no type can express."""
+    for name in ("run.name", "run.dir", "run.stage", "data.tokenizer", "data.global_batch", "train.lr"):
+        section, _, key = name.partition(".")
+        if getattr(getattr(config, section), key) == MISSING:
+            raise UserError(f"{where}: {name} is missing (give it in the YAML or as {name}=VALUE)")
+    model, images = config.model, config.data.images
+    side, rest = divmod(images.size, model.vision.patch * model.projector.merge)
+    if rest or side * side != images.tokens:
+        grid = model.vision.patch * model.projector.merge
+        raise UserError(
+            f"{where}: data.images: {images.size} px in patches of {model.vision.patch} merged {model.projector.merge}x{model.projector.merge} "
+            f"give {f'{side * side} tokens' if not rest else 'no whole grid'}, not {images.tokens} "
+            f"(set data.images.tokens to (size / {grid}) squared)"
+        )
+    decoder = model.decoder
+    if decoder.hidden % decoder.heads or decoder.heads % decoder.kv_heads:
+        raise UserError(f"{where}: model.decoder: heads must divide hidden, and kv_heads must divide heads (change one of them)")
+    if (config.train.steps is None) == (config.data.unit is not MixUnit.epochs):
+        raise UserError(f"{where}: the length must be given once: train.steps, or data.unit: epochs (set one of them)")
+    if config.deepspeed.stage not in (0, 1, 2, 3):
+        raise UserError(f"{where}: deepspeed.stage is {config.deepspeed.stage} (use 0, 1, 2 or 3)")
+    if config.data.global_batch < 1 or config.data.micro_packs < 1 or config.data.window < 1:
+        raise UserError(f"{where}: data.global_batch, data.micro_packs and data.window must be at least 1 (raise them)")
+    if not config.train.groups:
+        raise UserError(f"{where}: train.groups is empty: nothing would be trained (begin with - {{match: .*}})")
+    for i, rule in enumerate(config.train.groups):
+        try:
+            re.compile(rule.match)
+        except re.error as error:
+            raise UserError(f"{where}: train.groups[{i}].match: {rule.match!r} is no regular expression: {error} (mend it)") from None

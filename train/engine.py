@@ -1,0 +1,94 @@
+"""Everything that knows DeepSpeed.
+
+Invariant: gradients of a step are exactly those of the global objective (train/objective.py), accumulated in fp32, whatever the ZeRO
+stage; the engine never divides by micro-steps or ranks on its own account.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.batch import PackedBatch
+from data_pipeline.errors import UserError
+from train.config import Config
+from train.model.xcomposer2 import Losses
+from train.objective import scaled_loss
+from train.optim import set_lr
+from train.ranks import Ranks
+
+
+def engine_json(config: Config, world: int, micro_steps: int, dtype: torch.dtype) -> dict[str, Any]:
+    """DeepSpeed's own configuration; `deepspeed.extra` has the last word."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": micro_steps,
+        "train_batch_size": world * micro_steps,
+        "zero_optimization": {"stage": config.deepspeed.stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": dtype is torch.bfloat16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "gradient_clipping": config.train.grad_clip,
+        "steps_per_print": 1 << 30,
+        **config.deepspeed.extra,
+    }
+
+
+class Engine:
+    """The model under ZeRO."""
+
+    def __init__(self, config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, micro_steps: int, dtype: torch.dtype) -> None:
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        settings = engine_json(config, ranks.world, micro_steps, dtype)
+        try:
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        except (ValueError, AssertionError, deepspeed.runtime.config.DeepSpeedConfigError) as error:
+            raise UserError(f"deepspeed: {str(error).splitlines()[0]} (see deepspeed.stage and deepspeed.extra)") from None
+        self._engine.train()
+        self._world = ranks.world
+
+    @property
+    def module(self) -> nn.Module:
+        """The model."""
+        return self._engine.module
+
+    def forward_backward(self, batch: PackedBatch, n_global: int) -> Losses:
+        """Adds the gradient of one micro-batch; `n_global` counts the supervised tokens of the whole global batch."""
+        losses = self._engine(batch)
+        self._engine.backward(scaled_loss(losses.loss_sum, self._world, n_global), scale_wrt_gas=False)
+        return losses
+
+    def step(self, lr: float) -> None:
+        """Moves the weights."""
+        set_lr(self._optimizer, lr)
+        self._engine.step()
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps whose gradients were not finite; the engine left the weights alone."""
+        return int(self._engine.skipped_steps)
+
+    def grad_norm(self) -> float:
+        """Norm of the last step's gradient, before clipping; the engine read it in its step."""
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Writes this rank's part of a checkpoint to `folder/tag`, without frozen weights. All ranks call it."""
+        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Reads this rank's part of a checkpoint. Frozen weights must be in place."""
+        self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
+
+    def weights(self, keep: bool) -> dict[str, Tensor]:
+        """All weights on the CPU, in the model's number format, on ranks that `keep` them. All ranks call it."""
+        found = {}
+        for name, parameter in self._engine.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                if keep:
+                    found[name] = parameter.detach().to("cpu", copy=True).contiguous()
+        return found

@@ -1,0 +1,236 @@
+"""Held-out figures of a run's final weights: does the model see, and does it keep its language?
+
+Invariant: everything is measured on weights read back from disk, without augmentation, in an order fixed by the data; two runs over the
+same weights give the same file.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data_pipeline.batch import PackedBatch, Segment, assemble
+from data_pipeline.errors import UserError
+from data_pipeline.read.images import decode, to_square
+from data_pipeline.read.materialise import Materialiser
+from data_pipeline.samples import ImageElement, TextElement
+from data_pipeline.shards.source import ShardSource
+from data_pipeline.text.templates import render, whole
+from data_pipeline.text.tokenizer import Tokenizer
+from train import configure
+from train.config import Config, Stage
+from train.device import choose
+from train.generate import greedy_captions
+from train.model.xcomposer2 import XComposer2
+from train.run_dir import RunDir, read_json, write_json
+from train.weights import final
+
+BATCH_TOKENS = 2048
+"""Tokens of a batch of segments that are only scored."""
+GREEDY_BATCH = 64
+GREEDY_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Summed negative log-likelihoods and token counts by segment."""
+
+    nll: np.ndarray
+    tokens: np.ndarray
+
+    def mean(self) -> float:
+        """Nats a token."""
+        return float(self.nll.sum() / self.tokens.sum())
+
+    def stderr(self) -> float:
+        """Standard error of `mean` over pictures (a ratio of sums, by the delta method)."""
+        residuals = self.nll - self.mean() * self.tokens
+        return float(np.sqrt((residuals**2).sum()) / self.tokens.sum())
+
+
+def evaluate_run(run_dir: Path) -> dict[str, Any]:
+    """Measures a finished run and writes `evaluation.json`.
+
+    Raises:
+        UserError: the run is not finished, or held-out data is missing or not indexed.
+    """
+    run = RunDir(run_dir)
+    config = configure.read_resolved(run.path)
+    device = choose(config.train.precision, 0)
+    model = XComposer2(config.model, config.data.images.size, config.data.images.tokens)
+    final.load_into(model, run.path)
+    model = model.to(device.torch_device, device.dtype).eval()
+    scorer = Scorer(model, Tokenizer(config.data.tokenizer), config)
+    results: dict[str, Any] = {
+        "weights": final.digest(run.path),
+        "step": (read_json(run.final / final.MANIFEST) or {}).get("step"),
+        "dtype": str(device.dtype),
+        "plora_b_norm": _plora_b_norm(model),
+        "splits": {name: scorer.split(name, Path(folder)) for name, folder in config.evaluate.splits.items()},
+        "text": scorer.text(Path(config.evaluate.text)) if config.evaluate.text else None,
+    }
+    write_json(run.evaluation, results)
+    for name, split in results["splits"].items():
+        print(f"{config.run.name} {name}: " + "  ".join(f"{k} {v:.3f}" for k, v in split.items() if isinstance(v, float)))
+    return results
+
+
+class Scorer:
+    """A model and how its inputs are made."""
+
+    def __init__(self, model: XComposer2, tokenizer: Tokenizer, config: Config) -> None:
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.images = config.data.images
+
+    def split(self, name: str, folder: Path) -> dict[str, Any]:
+        """Figures of one held-out split with its `candidates.json`."""
+        items, pixels = self._read_split(name, folder)
+        captions = [item["caption"] for item in items]
+        blind = self.score([self._segment(caption, None) for caption in captions])
+        figures: dict[str, Any] = {"pictures": len(items), "nll_blind": blind.mean(), "stderr": {"nll_blind": blind.stderr()}}
+        if self.config.run.stage is Stage.language:
+            return figures
+        right = self.score([self._segment(item["caption"], pixels[item["key"]]) for item in items])
+        wrong = self.score([self._segment(item["caption"], pixels[item["wrong_image"]]) for item in items])
+        chosen = self._retrieve(items, pixels)
+        hits = np.asarray([c == item["answer"] for c, item in zip(chosen, items, strict=True)])
+        greedy = self._greedy([pixels[item["key"]] for item in items])
+        exact = np.asarray([g == self._normal(c) for g, c in zip(greedy, captions, strict=True)])
+        figures |= {
+            "nll_right": right.mean(),
+            "nll_wrong": wrong.mean(),
+            "retrieval_of_10": float(hits.mean()),
+            "greedy_exact": float(exact.mean()),
+        }
+        figures["stderr"] |= {
+            "nll_right": right.stderr(),
+            "nll_wrong": wrong.stderr(),
+            "retrieval_of_10": _share_stderr(hits),
+            "greedy_exact": _share_stderr(exact),
+        }
+        figures["samples"] = [
+            {
+                "key": items[i]["key"],
+                "reference": captions[i],
+                "generated": greedy[i],
+                "retrieved": items[i]["candidates"][chosen[i]],
+                "image": _data_uri(pixels[items[i]["key"]]),
+            }
+            for i in range(min(self.config.evaluate.samples, len(items)))
+        ]
+        return figures
+
+    def text(self, folder: Path) -> dict[str, Any]:
+        """Loss on text alone, and a digest of all its logits: equal digests mean equal models, as far as text goes."""
+        source = self._open("text", folder)
+        reader = Materialiser([source], self.tokenizer, self.images, 0)
+        segments = [
+            Segment(render(elements, whole(elements), self.tokenizer, self.images.tokens), (), 0, int(row))
+            for row in source.kept(0, source.facts.kept)
+            for elements in [reader.elements(0, int(row))]
+        ]
+        digest = hashlib.sha256()
+        with torch.no_grad():
+            for batch, _ in self._batches(segments):
+                digest.update(self.model.logits(batch)[: batch.supervised].float().cpu().numpy().tobytes())
+        scores = self.score(segments)
+        return {
+            "nll": scores.mean(),
+            "stderr": scores.stderr(),
+            "tokens": int(scores.tokens.sum()),
+            "logits_sha256": digest.hexdigest(),
+        }
+
+    @torch.no_grad()
+    def score(self, segments: Sequence[Segment]) -> Scores:
+        """Negative log-likelihood of the supervised tokens of each segment."""
+        parts, counts = [], []
+        for batch, count in self._batches(segments):
+            per_target_L = self.model(batch).per_target_L
+            sums = per_target_L.new_zeros(count + 1, dtype=torch.float64)
+            sums.index_add_(0, batch.target_segment, per_target_L.double())
+            parts.append(sums[:count].cpu().numpy())
+            counts.append(np.bincount(batch.target_segment[: batch.supervised].cpu().numpy(), minlength=count))
+        return Scores(np.concatenate(parts), np.concatenate(counts))
+
+    def _batches(self, segments: Sequence[Segment]) -> list[tuple[PackedBatch, int]]:
+        """Segments in their order, cut into batches; and how many each holds."""
+        groups: list[list[Segment]] = [[]]
+        tokens = 0
+        for segment in segments:
+            tokens += len(segment.rendered.ids)
+            if groups[-1] and tokens > BATCH_TOKENS:
+                groups.append([])
+                tokens = len(segment.rendered.ids)
+            groups[-1].append(segment)
+        device = self.model.head.weight.device
+        end = self.tokenizer.end
+        return [(assemble(g, self.images.size, self.images.tokens, end).to(device), len(g)) for g in groups]
+
+    def _segment(self, caption: str, pixels: np.ndarray | None) -> Segment:
+        """A caption behind its picture, or alone."""
+        elements = [TextElement(caption)] if pixels is None else [ImageElement(b""), TextElement(caption)]
+        rendered = render(elements, whole(elements), self.tokenizer, self.images.tokens)
+        return Segment(rendered, () if pixels is None else (pixels,), 0, 0)
+
+    def _retrieve(self, items: list[dict[str, Any]], pixels: dict[str, np.ndarray]) -> list[int]:
+        """The candidate caption with the greatest summed likelihood, for each picture."""
+        segments = [self._segment(caption, pixels[item["key"]]) for item in items for caption in item["candidates"]]
+        nll = self.score(segments).nll
+        borders = np.cumsum([len(item["candidates"]) for item in items])[:-1]
+        return [int(part.argmin()) for part in np.split(nll, borders)]
+
+    def _greedy(self, pixels: list[np.ndarray]) -> list[str]:
+        captions = []
+        for first in range(0, len(pixels), GREEDY_BATCH):
+            part = pixels[first : first + GREEDY_BATCH]
+            captions += greedy_captions(self.model, part, self.tokenizer, self.images.tokens, GREEDY_TOKENS)
+        return captions
+
+    def _normal(self, caption: str) -> str:
+        """A caption as the tokenizer would write it."""
+        return self.tokenizer.decode(self.tokenizer.encode(caption))
+
+    def _read_split(self, name: str, folder: Path) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+        source = self._open(name, folder)
+        items = json.loads((folder / "candidates.json").read_text())["items"]
+        rows = {key: row for row, key in enumerate(source.keys())}
+        reader = Materialiser([source], self.tokenizer, self.images, 0)
+        pixels = {}
+        for key in sorted({k for item in items for k in (item["key"], item["wrong_image"])}):
+            if key not in rows:
+                raise UserError(f"evaluate.splits.{name}: candidates.json names {key}, which {folder} does not hold (rebuild the split)")
+            image = next(e for e in reader.elements(0, rows[key]) if isinstance(e, ImageElement))
+            pixels[key] = to_square(decode(image.data), self.images, None)
+        return items, pixels
+
+    def _open(self, name: str, folder: Path) -> ShardSource:
+        source = ShardSource(name, folder)
+        source.require_tokenizer(self.tokenizer.digest)
+        return source
+
+
+def _share_stderr(hits: np.ndarray) -> float:
+    share = float(hits.mean())
+    return math.sqrt(share * (1 - share) / len(hits))
+
+
+def _plora_b_norm(model: XComposer2) -> float:
+    """Norm of all low-rank output weights: 0 means that PLoRA has learnt nothing."""
+    squares = [float(p.detach().float().square().sum()) for n, p in model.named_parameters() if n.endswith("plora_b")]
+    return math.sqrt(sum(squares))
+
+
+def _data_uri(pixels: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.transpose(1, 2, 0)).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

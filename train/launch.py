@@ -1,0 +1,115 @@
+"""Starts the ranks of a stage on this machine, watches them, and turns their end into an exit code.
+
+Invariant: when `run_stage` returns, no process that it started is left. One life at a time owns a run directory.
+"""
+
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from data_pipeline.errors import EXIT_CRASH, EXIT_DONE, UserError
+from train.config import Config
+from train.run_dir import RunDir
+
+GRACE_S = 10.0
+"""How long ranks may take to end after one of them has ended with an error."""
+POLL_S = 0.05
+
+
+def run_stage(config: Config, procs: int) -> int:
+    """Runs one stage with `procs` ranks; returns its exit code. The run directory holds its config already."""
+    run = RunDir(config.run.dir)
+    with own(run):
+        run.outcome.unlink(missing_ok=True)
+        run.stop_file.unlink(missing_ok=True)
+        lives_before = run.life()
+        code = _watch([_start(run, rank, procs, port) for port in [_free_port()] for rank in range(procs)])
+        outcome = run.read_outcome()
+        if outcome is None:
+            reason = f"a rank was killed (see {run.logs})" if code else "ended without saying why"
+            step = max((e.get("step", 0) for e in run.events()), default=0)
+            run.write_outcome(code or EXIT_CRASH, reason, step)
+            outcome = run.read_outcome() or {}
+        if run.life() > lives_before:
+            run.end_life(outcome["code"], outcome["reason"], outcome["step"])
+    if outcome["code"] != EXIT_DONE:
+        print(f"{'error: ' if outcome['code'] in (1, 2) else ''}{outcome['reason']}", file=sys.stderr)
+    return int(outcome["code"])
+
+
+@contextmanager
+def own(run: RunDir) -> Iterator[None]:
+    """Holds the run directory; the lock dies with this process.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    with run.lock.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run.path} is in use by a running job (wait for it, or touch {run.stop_file})") from None
+        yield
+
+
+def rank_environment(rank: int, procs: int, port: int) -> dict[str, str]:
+    """What a rank needs to find the others; cores are shared out, since two ranks on one core collapse."""
+    threads = max(1, (os.cpu_count() or 1) // procs)
+    return {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(procs),
+        "LOCAL_SIZE": str(procs),
+        "LOCAL_WORLD_SIZE": str(procs),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+    }
+
+
+def _start(run: RunDir, rank: int, procs: int, port: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "train.rank", str(run.path)]
+    # A session of its own: Ctrl-C reaches the launcher alone, which asks the ranks to stop.
+    return subprocess.Popen(command, env=rank_environment(rank, procs, port), start_new_session=True)
+
+
+def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
+    """Waits for all ranks; the first that fails takes the others with it. Stop signals are passed on."""
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
+    try:
+        failed_at: float | None = None
+        while any(p.poll() is None for p in ranks):
+            codes = [p.poll() for p in ranks]
+            if failed_at is None and any(codes):
+                failed_at = time.monotonic()
+            if failed_at is not None and (time.monotonic() - failed_at > GRACE_S or any(c is not None and c < 0 for c in codes)):
+                break
+            time.sleep(POLL_S)
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return max((p.returncode if p.returncode >= 0 else EXIT_CRASH for p in ranks), default=EXIT_DONE)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,52 @@
+"""The process group: who this rank is, and what ranks agree on.
+
+Invariant: anything that only one rank knows (a stop request, dropped samples, its supervised tokens) becomes a decision only after
+`agree`, which all ranks call once a step. It runs on the host over gloo, so that it never waits for a GPU.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a collective may wait for the slowest rank; loading and checkpointing happen in between."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others."""
+
+    rank: int
+    world: int
+    local_rank: int
+    control: dist.ProcessGroup | None
+    """gloo group for small host-side agreements."""
+
+    def agree(self, values: list[int]) -> list[int]:
+        """Sums integers over all ranks."""
+        total = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(total, group=self.control)
+        return total.tolist()
+
+    def barrier(self) -> None:
+        """Waits for all ranks, on the host."""
+        dist.barrier(group=self.control)
+
+
+def from_environment() -> tuple[int, int, int]:
+    """Rank, world size and local rank, as torchrun or srun's wrapper set them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+
+
+def join(backend: str) -> Ranks:
+    """Joins the process group that the environment describes."""
+    import deepspeed
+
+    rank, world, local_rank = from_environment()
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT, auto_mpi_discovery=False, verbose=False)
+    control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    return Ranks(rank, world, local_rank, control)

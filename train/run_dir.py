@@ -1,0 +1,143 @@
+"""The run directory: where each thing of a stage lies, and how files get there whole.
+
+    config.yaml      the resolved config            checkpoints/step-N/   complete checkpoints; `latest` names the newest
+    metrics.jsonl    a line a step                  final/                weights at the end, with their manifest
+    lives.jsonl      starts and ends of lives       ledger/               bad samples
+    outcome.json     how the last life ended        logs/rank-N.log       what each rank said
+    heartbeat.json   step, phase, time              tracking/             TensorBoard and wandb files
+    evaluation.json  figures on held-out data       stop                  touch it to stop the run
+
+Invariant: a file that others read is replaced in one step, never seen half-written.
+"""
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import UserError
+
+
+class RunDir:
+    """Paths of one run directory, and its small files."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.lives = self.path / "lives.jsonl"
+        self.outcome = self.path / "outcome.json"
+        self.heartbeat = self.path / "heartbeat.json"
+        self.evaluation = self.path / "evaluation.json"
+        self.stop_file = self.path / "stop"
+        self.lock = self.path / ".lock"
+        self.checkpoints = self.path / "checkpoints"
+        self.final = self.path / "final"
+        self.logs = self.path / "logs"
+        self.tracking = self.path / "tracking"
+
+    def create(self) -> None:
+        """Makes the directory.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        try:
+            for folder in (self.path, self.checkpoints, self.logs):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run.dir: cannot write {self.path.resolve()}: {error.strerror} (choose another directory)") from None
+
+    def write_outcome(self, code: int, reason: str, step: int) -> None:
+        """How this life ended; becomes the exit code of the command."""
+        write_json(self.outcome, {"code": code, "reason": reason, "step": step, "life": self.life(), "time": time.time()})
+
+    def read_outcome(self) -> dict[str, Any] | None:
+        """How the last life ended, if it said so."""
+        return read_json(self.outcome)
+
+    def begin_life(self, resumed_from: int | None, world: int) -> int:
+        """Notes that a process group starts; returns the number of this life, from 1."""
+        life = self.life() + 1
+        append_json(self.lives, {"life": life, "event": "start", "time": time.time(), "resumed_from": resumed_from, "world": world})
+        return life
+
+    def end_life(self, code: int, reason: str, step: int) -> None:
+        """Notes how the process group ended."""
+        append_json(self.lives, {"life": self.life(), "event": "end", "time": time.time(), "code": code, "reason": reason, "step": step})
+
+    def life(self) -> int:
+        """Number of the newest life; 0 before the first."""
+        return max((e["life"] for e in self.events()), default=0)
+
+    def events(self) -> list[dict[str, Any]]:
+        """Starts and ends of lives, in order."""
+        return read_json_lines(self.lives)
+
+    def beat(self, step: int, phase: str) -> None:
+        """Says that rank 0 is alive and where it is."""
+        write_json(self.heartbeat, {"step": step, "phase": phase, "time": time.time()})
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replaces `path` in one step."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a JSON file in one step."""
+    write_atomic(path, json.dumps(value, indent=1).encode())
+
+
+def read_json(path: Path) -> Any | None:
+    """A JSON file; None where there is none."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def append_json(path: Path, value: Any) -> None:
+    """Adds one line to a JSONL file."""
+    with path.open("a") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """The whole lines of a JSONL file; a line cut by a kill is left out."""
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fsync_tree(folder: Path) -> None:
+    """Forces a folder's files to disk, so that it can be renamed into place."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,25 @@
+"""Stop requests. Handlers do nothing but set a flag: work inside a signal handler hangs at random. The loop asks at step borders."""
+
+import signal
+from types import FrameType
+
+from train.run_dir import RunDir
+
+
+class StopRequest:
+    """True once SIGTERM, SIGINT or SIGUSR2 came, or the stop file is there."""
+
+    def __init__(self, run_dir: RunDir) -> None:
+        self._file = run_dir.stop_file
+        self._signal: str | None = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._signal = signal.Signals(number).name
+
+    def reason(self) -> str | None:
+        """Why this rank wants to stop, or None."""
+        if self._signal:
+            return self._signal
+        return f"{self._file} exists" if self._file.exists() else None

@@ -1,0 +1,134 @@
+"""Where metrics go: `metrics.jsonl` always, TensorBoard and wandb as configured.
+
+Invariant: training never stops because of a tracker, and `metrics.jsonl` names the life of every line, so that steps which a later life
+replayed are told apart. Only rank 0 tracks.
+"""
+
+import logging
+import os
+import uuid
+from pathlib import Path
+from typing import Any, Protocol
+
+from train.config import Config
+from train.run_dir import RunDir, append_json, write_atomic
+
+log = logging.getLogger(__name__)
+
+Metrics = dict[str, float | int]
+
+
+class Tracker(Protocol):
+    """One dashboard."""
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Shows the metrics of a step."""
+
+    def close(self) -> None:
+        """Flushes."""
+
+
+class JsonLines:
+    """`metrics.jsonl`: one line a step."""
+
+    def __init__(self, run: RunDir, life: int) -> None:
+        self._path, self._life = run.metrics, life
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Appends the step."""
+        append_json(self._path, {"step": step, "life": self._life, **metrics})
+
+    def close(self) -> None:
+        """Nothing is held back."""
+
+
+class TensorBoard:
+    """Event files in `tracking/tensorboard`."""
+
+    def __init__(self, run: RunDir, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step hides what an earlier life wrote past its checkpoint.
+        self._writer = SummaryWriter(str(run.tracking / "tensorboard"), purge_step=step)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Adds a point to each curve."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Writes what is held back."""
+        self._writer.close()
+
+
+class Wandb:
+    """Weights & Biases; a resumed run goes on under the id that the run directory keeps."""
+
+    def __init__(self, run: RunDir, config: Config, settings: dict[str, Any]) -> None:
+        import wandb
+
+        folder = run.tracking
+        folder.mkdir(parents=True, exist_ok=True)
+        id_file = folder / "wandb_id"
+        if not id_file.exists():
+            write_atomic(id_file, uuid.uuid4().hex[:8].encode())
+        mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+        self._run = wandb.init(
+            project=config.track.project,
+            name=config.run.name,
+            id=id_file.read_text(),
+            resume="allow" if mode == "online" else None,
+            mode=mode,  # type: ignore[arg-type]
+            dir=str(folder),
+            config=settings,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Sends the step."""
+        self._run.log({"step": step, **metrics})
+
+    def close(self) -> None:
+        """Ends this life's part of the run."""
+        self._run.finish()
+
+
+class Trackers:
+    """All of them, each shielded from the others and the run from each."""
+
+    def __init__(self, run: RunDir, config: Config, settings: dict[str, Any], life: int, step: int) -> None:
+        self._lines = JsonLines(run, life)
+        self._others: list[Tracker] = []
+        for wanted, make in ((config.track.tensorboard, lambda: TensorBoard(run, step)), (config.track.wandb, lambda: Wandb(run, config, settings))):
+            if wanted:
+                try:
+                    self._others.append(make())
+                except Exception as error:  # noqa: BLE001  trackers raise their own, and none may stop a run
+                    log.warning("tracker off: %s", error)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Writes one step everywhere."""
+        self._lines.log(step, metrics)
+        for tracker in list(self._others):
+            try:
+                tracker.log(step, metrics)
+            except Exception as error:  # noqa: BLE001  as above
+                log.warning("tracker off after step %d: %s", step, error)
+                self._others.remove(tracker)
+
+    def close(self) -> None:
+        """Flushes everything."""
+        for tracker in self._others:
+            try:
+                tracker.close()
+            except Exception as error:  # noqa: BLE001  as above
+                log.warning("tracker did not close: %s", error)
+
+
+def _logged_in() -> bool:
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return bool(os.environ.get("WANDB_API_KEY")) or "api.wandb.ai" in netrc.read_text()
+    except OSError:
+        return False
