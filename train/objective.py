@@ -22,7 +22,6 @@ by dp, so each micro-batch hands over loss_sum * dp / n_global:
 (that both ranks reach 2.5 is a coincidence of the numbers: each contributes 10 of the 20.)
 """
 
-import torch
 from torch import Tensor
 
 from data_pipeline.batch import IGNORE, PackedBatch

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data_pipeline.errors import TryAgainError
 from data_pipeline.samples import BadSample
+from data_pipeline.shards.index import sample_digest
 from data_pipeline.shards.source import Location
 
 OPEN_SHARDS = 128
@@ -40,6 +41,9 @@ class ShardReader:
             raise TryAgainError(f"{location.shard}: {error.strerror}") from None
         if len(data) != location.size:
             raise BadSample(f"shard cut short: {len(data)} of {location.size} bytes")
+        # a tar's size is rounded up to 10 KB, so that another shard may well have the same
+        if int.from_bytes(sample_digest(data)[:8], "little") != location.digest:
+            raise BadSample("bytes changed since they were indexed")
         return data
 
     def _descriptor(self, shard: Path) -> tuple[int, int]:

@@ -140,6 +140,11 @@ def read_index(sidecar: Path) -> ShardIndex:
         raise UserError(f"the index {sidecar} is damaged: {str(error).splitlines()[0]} (delete it, then run xc-data index again)") from None
 
 
+def sample_digest(data: bytes) -> bytes:
+    """Digest of a sample's bytes, headers and padding included: 16 bytes, of which the plan's columns keep the first 8."""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
 def _facts(shard: Path, kind: Kind, tokenizer: Tokenizer) -> dict[str, Any]:
     stat = shard.stat()
     return {
@@ -189,9 +194,16 @@ def _rows(shard: Path, kind: Kind, tokenizer: Tokenizer) -> Iterator[dict[str, A
 
 
 def _row(key: str, offset: int, size: int, members: list[Any], elements: list[Any], data: bytes, status: str) -> dict[str, Any]:
-    digest = hashlib.blake2b(data, digest_size=16).digest()
     status = status.encode("utf-8", "backslashreplace").decode()  # it may quote a JSON string, which may hold half a surrogate pair
-    return {"key": key, "offset": offset, "size": size, "members": members, "elements": elements, "digest": digest, "status": status}
+    return {
+        "key": key,
+        "offset": offset,
+        "size": size,
+        "members": members,
+        "elements": elements,
+        "digest": sample_digest(data),
+        "status": status,
+    }
 
 
 def _elements(kind: Kind, sample: RawSample, data: bytes, tokenizer: Tokenizer) -> list[dict[str, int]]:

@@ -25,10 +25,11 @@ from data_pipeline.errors import UserError
 from data_pipeline.plan.columns import ELEMENT
 from data_pipeline.shards.index import OK, ShardIndex, list_shards, read_index, sidecar_path
 
-VERSION = 1
+VERSION = 2
 BLOCK_SAMPLES = 250
 """Kept samples of a block: small enough to shuffle by, large enough that the block table of a billion samples is small."""
-ROW = np.dtype([("shard", "<u4"), ("size", "<u4"), ("offset", "<u8"), ("first_element", "<u8")])
+ROW = np.dtype([("shard", "<u4"), ("size", "<u4"), ("offset", "<u8"), ("first_element", "<u8"), ("digest", "<u8")])
+"""`digest` is the first 8 bytes of `sample_digest`: a reader knows a replaced shard or a rotten block by it."""
 SOURCE_FILE = "source.json"
 
 
@@ -137,6 +138,7 @@ def _rows(indexes: list[ShardIndex]) -> np.ndarray:
         rows["shard"][first:last] = number
         rows["size"][first:last] = index.table["size"].to_numpy()
         rows["offset"][first:last] = index.table["offset"].to_numpy()
+        rows["digest"][first:last] = [int.from_bytes(d[:8], "little") for d in index.table["digest"].to_pylist()]
         counts.append(pc.list_value_length(index.table["elements"]).to_numpy())
         first = last
     rows["first_element"] = np.concatenate([[0], np.cumsum(np.concatenate(counts))])[:-1]

@@ -27,6 +27,8 @@ class Location:
     """Bytes of the shard when it was indexed: another size is another shard."""
     offset: int
     size: int
+    digest: int
+    """First 8 bytes of `sample_digest`, little endian."""
 
 
 class ShardSource:
@@ -90,7 +92,7 @@ class ShardSource:
         record = self._read("rows", row, 1, ROW)[0]
         shard = int(record["shard"])
         path = self.path / self.facts.shards[shard]
-        return Location(path, self.facts.shard_sizes[shard], int(record["offset"]), int(record["size"]))
+        return Location(path, self.facts.shard_sizes[shard], int(record["offset"]), int(record["size"]), int(record["digest"]))
 
     def key(self, row: int) -> str:
         """Key of a sample, from the sidecar: for people and ledgers, not for the hot path."""

@@ -130,6 +130,15 @@ def test_cursors_rise_are_normal_and_progress_ends_at_one(drawn: tuple[Plan, lis
     assert (after_the_end.packs, after_the_end.cursor, after_the_end.done) == ([], batches[-1].cursor, True)
 
 
+def test_windows_that_draw_nothing_do_not_delay_the_end() -> None:
+    """Three windows of one draw; the quotas of three equal sources of one sample all tick in the second."""
+    given = {**ingredients(), "unit": "epochs", "window": 1, "global_batch": 1, "weights": [Fraction(1)] * 3, "overhead": [2] * 3}
+    plan = Plan(**{**given, "sources": [source_of(name, [[1]]) for name in "abc"]})
+    assert [len(plan.window(w)) for w in range(3)] == [0, 1, 0]
+    batch = plan.global_batch(START)
+    assert (len(batch.packs), batch.cursor, batch.done, batch.progress) == (1, Cursor(3, 0), True, 1.0)
+
+
 @pytest.mark.parametrize("unit", ["samples", "tokens", "epochs"])
 def test_a_window_reached_directly_is_the_window_reached_by_walking(unit: str) -> None:
     walked = Plan(**{**ingredients(), "unit": unit, "weights": [Fraction(7), Fraction("3.5")]})

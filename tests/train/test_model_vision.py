@@ -18,6 +18,11 @@ def config(name: str = "vit_tiny_patch16_224", block: int = -1, patch: int = 16,
     return VisionConfig(name, patch, block, {**TINY, **overrides}, mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.25])
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)  # timm draws its weights from the global generator
+
+
 def images() -> torch.Tensor:
     return torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -41,7 +46,7 @@ def test_features_are_timms_own_before_the_norm_without_prefix(name: str, overri
     expected = whole.forward_intermediates(pixels, [index], norm=False, output_fmt="NLC", intermediates_only=True)[0]
     features = tower(images())
     assert features.shape == (2, 9, 32) == (2, tower.grid**2, tower.width)
-    torch.testing.assert_close(features, expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(features, expected, atol=1e-4, rtol=0)  # a block moves them by 0.05
 
 
 @pytest.mark.parametrize("block", [-1, 1])
@@ -56,7 +61,7 @@ def test_longer_inputs_use_the_fused_kernel_with_the_same_result(monkeypatch) ->
     tower = VisionTower(config(), 48)
     plain = tower(images())
     monkeypatch.setattr("train.model.vision.LONGEST_PLAIN", 4)
-    torch.testing.assert_close(tower(images()), plain, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(tower(images()), plain, atol=1e-4, rtol=0)
     assert all(block.attn.fused_attn for block in tower.vit.blocks)
 
 

@@ -1,0 +1,89 @@
+"""The demo as a training run sees it: its `data` section, and batches taken apart into segments that can be compared."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from data_pipeline.batch import PackedBatch
+from data_pipeline.config import DataConfig, ImageConfig, MixUnit, SourceConfig
+from data_pipeline.loader import Loader, StepData, open_data
+from data_pipeline.plan.balance import CostModel
+from data_pipeline.plan.plan import Cursor
+
+SEED = 3
+COSTS = CostModel(token=10, attention=1, image=500)
+START = Cursor(0, 0)
+
+
+def data_config(root: Path, **changes: object) -> DataConfig:
+    """One epoch of the three demo sources below `root`."""
+    names = ("pairs", "documents", "text")
+    settings: dict = {
+        "tokenizer": str(root / "tokenizer"),
+        "sources": {name: SourceConfig(str(root / name)) for name in names},
+        "unit": MixUnit.epochs,
+        "context": 256,
+        "images_per_pack": 24,
+        "segments_per_pack": 64,
+        "global_batch": 8,
+        "window": 2000,
+        "images": ImageConfig(size=32, tokens=4),
+        "workers": 0,
+    }
+    return DataConfig(**{**settings, **changes})
+
+
+def run(config: DataConfig, rank: int = 0, ranks: int = 1, cursor: Cursor = START, step: int = 0) -> Iterator[StepData]:
+    """The steps of one rank, with everything opened anew."""
+    return iter(Loader(config, open_data(config, SEED), SEED, COSTS, rank, ranks, cursor, step))
+
+
+@dataclass(frozen=True)
+class SegmentView:
+    """What the model gets of one segment, by value."""
+
+    source: int
+    sample: int
+    ids: tuple[int, ...]
+    targets: tuple[tuple[int, int], ...]
+    """(position in the segment, token to predict)."""
+    image_positions: tuple[int, ...]
+    pixels: bytes
+
+
+def segments_of(batch: PackedBatch) -> list[SegmentView]:
+    """The segments of a batch but its padding."""
+    borders = batch.cu_seqlens.tolist()
+    targets = list(zip(batch.target_index.tolist(), batch.targets.tolist(), strict=True))[: batch.supervised]
+    positions = batch.image_index.tolist() if batch.image_count else []
+    tokens_an_image = len(positions) // max(1, batch.image_count)
+    views = []
+    for i, (first, last) in enumerate(itertools.pairwise(borders)):
+        at = [n for n, p in enumerate(positions) if first <= p < last]
+        images = sorted({n // tokens_an_image for n in at})
+        views.append(
+            SegmentView(
+                int(batch.segment_source[i]),
+                int(batch.segment_sample[i]),
+                tuple(batch.input_ids[first:last].tolist()),
+                tuple((t - first, token) for t, token in targets if first <= t < last),
+                tuple(positions[n] - first for n in at),
+                b"".join(batch.images[n].numpy().tobytes() for n in images),
+            )
+        )
+    return views
+
+
+def same_batch(a: PackedBatch, b: PackedBatch) -> bool:
+    """Equal, tensor for tensor and bit for bit."""
+    plain = [f.name for f in fields(a) if f.name not in a.tensors()]
+    tensors = zip(a.tensors().values(), b.tensors().values(), strict=True)
+    return all(x.dtype == y.dtype and x.equal(y) for x, y in tensors) and all(getattr(a, n) == getattr(b, n) for n in plain)
+
+
+def same_step(a: StepData, b: StepData) -> bool:
+    """The same step with the same micro-batches and the same cursor behind it."""
+    if (a.step, a.cursor, a.progress, len(a.micro_batches)) != (b.step, b.cursor, b.progress, len(b.micro_batches)):
+        return False
+    return all(same_batch(x.batch, y.batch) and x.bad == y.bad for x, y in zip(a.micro_batches, b.micro_batches, strict=True))
