@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
@@ -64,6 +64,9 @@ def load(schema: type[Schema], path: str | Path, overrides: Sequence[str] = (), 
             if value is not None:
                 OmegaConf.update(part, key, value)
         merged = _merge(schema, merged, part, where)
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        raise UserError(f"{path}: {', '.join(missing)} not given (give it in the YAML or as key=value)")
     try:
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
@@ -99,6 +102,7 @@ def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, DictCon
 
 
 def _merge(schema: type, merged: DictConfig, layer: DictConfig, where: str) -> DictConfig:
+    _check_sections(schema, layer, where)
     try:
         return OmegaConf.merge(merged, layer)  # type: ignore[return-value]
     except ConfigKeyError as error:
@@ -108,6 +112,24 @@ def _merge(schema: type, merged: DictConfig, layer: DictConfig, where: str) -> D
         raise UserError(f"{where}: {error.full_key or 'value'}: {_one_line(error)}") from None
 
 
+def _check_sections(schema: type, layer: DictConfig, where: str, above: str = "") -> None:
+    """Raises UserError for a plain value where a section belongs: OmegaConf would not say which key it is."""
+    for name, hint in get_type_hints(schema).items():
+        if name not in layer or OmegaConf.is_missing(layer, name):
+            continue
+        if is_dataclass(hint):
+            _check_section(hint, layer[name], where, above + name)
+        elif get_origin(hint) is dict and is_dataclass(get_args(hint)[1]) and isinstance(layer[name], DictConfig):
+            for key, value in layer[name].items():
+                _check_section(get_args(hint)[1], value, where, f"{above}{name}.{key}")
+
+
+def _check_section(schema: Any, value: Any, where: str, key: str) -> None:
+    if not isinstance(value, DictConfig):
+        raise UserError(f"{where}: {key} is a section, not {value!r} (known keys: {', '.join(f.name for f in fields(schema))})")
+    _check_sections(schema, value, where, f"{key}.")
+
+
 def _nearest(schema: type, key: str) -> str:
     """A hint that names the known key that looks most like this one."""
     parent, _, name = key.rpartition(".")
@@ -115,7 +137,8 @@ def _nearest(schema: type, key: str) -> str:
     for part in parent.split(".") if parent else []:
         hints = get_type_hints(known) if is_dataclass(known) else {}
         name_of = re.sub(r"\[.*", "", part)
-        known = _inner_dataclass(hints.get(name_of)) if hints else known
+        if name_of in hints:  # else a key of a mapping, whose values `known` describes already
+            known = _inner_dataclass(hints[name_of])
     names = [f.name for f in fields(known)] if is_dataclass(known) else []
     close = difflib.get_close_matches(name, names, 1, 0.5)
     if close:

@@ -77,15 +77,16 @@ def save(run: RunDir, engine: Engine, ranks: Ranks, state: TrainState, keep_last
         ) from None
 
 
-def find(run: RunDir) -> tuple[Path, TrainState] | tuple[None, None]:
-    """The newest complete checkpoint and its state; nothing where there is none."""
-    for folder in sorted(run.checkpoints.glob(f"{PREFIX}*"), reverse=True):
-        problem = _problem(folder)
-        if problem is None:
-            fields = json.loads((folder / "state.json").read_text())
-            return folder, TrainState(**{**fields, "cursor": tuple(fields["cursor"])})
-        print(f"passed over checkpoint {folder.name}: {problem}", flush=True)
-    return None, None
+def find(run: RunDir, ranks: Ranks) -> Path | None:
+    """The newest complete checkpoint; rank 0 looks and tells the others, so that a file is hashed once."""
+    name = ranks.share(_newest_complete(run) if ranks.rank == 0 else None)
+    return run.checkpoints / name if name else None
+
+
+def read_state(folder: Path) -> TrainState:
+    """The state of a checkpoint."""
+    fields = json.loads((folder / "state.json").read_text())
+    return TrainState(**{**fields, "cursor": tuple(fields["cursor"])})
 
 
 def load(folder: Path, engine: Engine, ranks: Ranks) -> None:
@@ -109,7 +110,9 @@ def require_same(state: TrainState, now: TrainState, folder: Path) -> None:
         raise UserError(f"{folder}: run.init_from holds other weights than the stage began from: use a new run.dir")
     for name, key in (("world", "--procs"), ("zero_stage", "deepspeed.stage"), ("dtype", "train.precision")):
         if getattr(state, name) != getattr(now, name):
-            raise UserError(f"{folder} was written with {key} {getattr(state, name)}, not {getattr(now, name)}: use the same, or a new run.dir")
+            raise UserError(
+                f"{folder} was written with {key} {getattr(state, name)}, not {getattr(now, name)}: use the same, or a new run.dir"
+            )
 
 
 def _publish(run: RunDir, partial: Path, name: str, state: TrainState, keep_last: int) -> None:
@@ -125,6 +128,15 @@ def _publish(run: RunDir, partial: Path, name: str, state: TrainState, keep_last
     write_atomic(run.checkpoints / "latest", name.encode())
     for old in sorted(run.checkpoints.glob(f"{PREFIX}*"))[:-keep_last]:
         shutil.rmtree(old)
+
+
+def _newest_complete(run: RunDir) -> str | None:
+    for folder in sorted(run.checkpoints.glob(f"{PREFIX}*"), reverse=True):
+        problem = _problem(folder)
+        if problem is None:
+            return folder.name
+        print(f"passed over checkpoint {folder.name}: {problem}", flush=True)
+    return None
 
 
 def _problem(folder: Path) -> str | None:
@@ -154,7 +166,12 @@ def _rng_state() -> dict[str, torch.Tensor]:
 
 
 def _is_storage_error(error: Exception) -> bool:
-    return isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or "No space left" in str(error) or "file write failed" in str(error)
+    return (
+        isinstance(error, OSError)
+        or "PytorchStreamWriter" in str(error)
+        or "No space left" in str(error)
+        or "file write failed" in str(error)
+    )
 
 
 def _storage_reason(run: RunDir, error: Exception) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from data_pipeline.cli import command_line
 from data_pipeline.errors import EXIT_DONE, UserError
+from train.config import Config
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,7 +33,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="train one or more stages", description=_RUN, formatter_class=argparse.RawDescriptionHelpFormatter)
+    run = commands.add_parser(
+        "run", help="train one or more stages", description=_RUN, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     run.add_argument("what", nargs="+", metavar="CONFIG | key=value", help="YAML files, a stage each, in order; then overrides for all")
     run.add_argument("--procs", type=int, default=None, metavar="N", help="ranks on this machine (default: one a GPU, or 1)")
     run.set_defaults(run=_run)
@@ -100,7 +103,7 @@ def _run(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _check_stage(config: "Config", earlier: list[str]) -> None:
+def _check_stage(config: Config, earlier: list[str]) -> None:
     """Opens the data and compares with what the run directory holds, before anything is started.
 
     Raises:
@@ -112,10 +115,9 @@ def _check_stage(config: "Config", earlier: list[str]) -> None:
     from train.weights import final
 
     data = open_data(config.data, config.run.seed)
-    if data.tokenizer.size > config.model.decoder.vocab:
-        raise UserError(
-            f"model.decoder.vocab: {config.model.decoder.vocab} rows do not hold the tokenizer's {data.tokenizer.size} (set it at least to that)"
-        )
+    rows, words = config.model.decoder.vocab, data.tokenizer.size
+    if words > rows:
+        raise UserError(f"model.decoder.vocab: {rows} rows do not hold the tokenizer's {words} words (set it to {words} or more)")
     for name, folder in config.evaluate.splits.items():
         if not (Path(folder) / "candidates.json").exists():
             raise UserError(f"evaluate.splits.{name}: no candidates.json in {Path(folder).resolve()} (mend the path)")

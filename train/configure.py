@@ -80,16 +80,19 @@ def _check(config: Config, where: str) -> None:
         section, _, key = name.partition(".")
         if getattr(getattr(config, section), key) == MISSING:
             raise UserError(f"{where}: {name} is missing (give it in the YAML or as {name}=VALUE)")
-    model, images = config.model, config.data.images
-    side, rest = divmod(images.size, model.vision.patch * model.projector.merge)
-    if rest or side * side != images.tokens:
-        grid = model.vision.patch * model.projector.merge
+    images, cell = config.data.images, config.model.vision.patch * config.model.projector.merge
+    if images.size % cell:
         raise UserError(
-            f"{where}: data.images: {images.size} px in patches of {model.vision.patch} merged {model.projector.merge}x{model.projector.merge} "
-            f"give {f'{side * side} tokens' if not rest else 'no whole grid'}, not {images.tokens} "
-            f"(set data.images.tokens to (size / {grid}) squared)"
+            f"{where}: data.images.size: {images.size} px is no multiple of patch x merge = {cell} px "
+            f"(use {max(1, images.size // cell) * cell}, or change model.vision.patch or model.projector.merge)"
         )
-    decoder = model.decoder
+    tokens = (images.size // cell) ** 2
+    if tokens != images.tokens:
+        raise UserError(
+            f"{where}: data.images.tokens: an image of {images.size} px in cells of {cell} px makes {tokens} tokens, not {images.tokens} "
+            f"(set data.images.tokens={tokens})"
+        )
+    decoder = config.model.decoder
     if decoder.hidden % decoder.heads or decoder.heads % decoder.kv_heads:
         raise UserError(f"{where}: model.decoder: heads must divide hidden, and kv_heads must divide heads (change one of them)")
     if (config.train.steps is None) == (config.data.unit is not MixUnit.epochs):

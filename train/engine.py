@@ -40,8 +40,10 @@ def engine_json(config: Config, world: int, micro_steps: int, dtype: torch.dtype
 class Engine:
     """The model under ZeRO."""
 
-    def __init__(self, config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, micro_steps: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, dtype: torch.dtype) -> None:
+        """`model` is on its device and in `dtype`; `requires_grad` is final, it cannot change under the engine."""
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        micro_steps = -(-config.data.global_batch // (ranks.world * config.data.micro_packs))
         settings = engine_json(config, ranks.world, micro_steps, dtype)
         try:
             self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
@@ -55,21 +57,26 @@ class Engine:
         """The model."""
         return self._engine.module
 
-    def forward_backward(self, batch: PackedBatch, n_global: int) -> Losses:
-        """Adds the gradient of one micro-batch; `n_global` counts the supervised tokens of the whole global batch."""
+    def forward_backward(self, batch: PackedBatch, n_global: int, last: bool) -> Losses:
+        """Adds the gradient of one micro-batch.
+
+        Args:
+            batch: on the device.
+            n_global: supervised tokens of the whole global batch.
+            last: no other micro-batch of this step follows.
+        """
         losses = self._engine(batch)
         self._engine.backward(scaled_loss(losses.loss_sum, self._world, n_global), scale_wrt_gas=False)
+        if not last:
+            self._engine.step()  # moves nothing yet: this is how the engine counts micro-batches
         return losses
 
-    def step(self, lr: float) -> None:
-        """Moves the weights."""
+    def step(self, lr: float) -> int:
+        """Moves the weights; returns 1 where the engine left them alone because a gradient was not finite, else 0."""
         set_lr(self._optimizer, lr)
+        before = self._engine.skipped_steps
         self._engine.step()
-
-    @property
-    def skipped_steps(self) -> int:
-        """Steps whose gradients were not finite; the engine left the weights alone."""
-        return int(self._engine.skipped_steps)
+        return int(self._engine.skipped_steps - before)
 
     def grad_norm(self) -> float:
         """Norm of the last step's gradient, before clipping; the engine read it in its step."""

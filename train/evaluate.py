@@ -1,4 +1,4 @@
-"""Held-out figures of a run's final weights: does the model see, and does it keep its language?
+"""Held-out figures of a run's final weights: whether the model sees, and whether it keeps its language.
 
 Invariant: everything is measured on weights read back from disk, without augmentation, in an order fixed by the data; two runs over the
 same weights give the same file.
@@ -105,15 +105,22 @@ class Scorer:
         hits = np.asarray([c == item["answer"] for c, item in zip(chosen, items, strict=True)])
         greedy = self._greedy([pixels[item["key"]] for item in items])
         exact = np.asarray([g == self._normal(c) for g, c in zip(greedy, captions, strict=True)])
+        # Differences by picture: their errors are far smaller than those of the losses, which differ by caption.
+        sees = Scores(wrong.nll - right.nll, right.tokens)
+        helps = Scores(blind.nll - right.nll, right.tokens)
         figures |= {
             "nll_right": right.mean(),
             "nll_wrong": wrong.mean(),
+            "wrong_minus_right": sees.mean(),
+            "blind_minus_right": helps.mean(),
             "retrieval_of_10": float(hits.mean()),
             "greedy_exact": float(exact.mean()),
         }
         figures["stderr"] |= {
             "nll_right": right.stderr(),
             "nll_wrong": wrong.stderr(),
+            "wrong_minus_right": sees.stderr(),
+            "blind_minus_right": helps.stderr(),
             "retrieval_of_10": _share_stderr(hits),
             "greedy_exact": _share_stderr(exact),
         }
@@ -122,7 +129,9 @@ class Scorer:
                 "key": items[i]["key"],
                 "reference": captions[i],
                 "generated": greedy[i],
+                "generated_right": bool(exact[i]),
                 "retrieved": items[i]["candidates"][chosen[i]],
+                "retrieved_right": bool(hits[i]),
                 "image": _data_uri(pixels[items[i]["key"]]),
             }
             for i in range(min(self.config.evaluate.samples, len(items)))

@@ -16,7 +16,7 @@ from types import FrameType
 
 from data_pipeline.errors import EXIT_CRASH, EXIT_DONE, UserError
 from train.config import Config
-from train.run_dir import RunDir
+from train.run_dir import RunDir, read_json
 
 GRACE_S = 10.0
 """How long ranks may take to end after one of them has ended with an error."""
@@ -30,11 +30,11 @@ def run_stage(config: Config, procs: int) -> int:
         run.outcome.unlink(missing_ok=True)
         run.stop_file.unlink(missing_ok=True)
         lives_before = run.life()
-        code = _watch([_start(run, rank, procs, port) for port in [_free_port()] for rank in range(procs)])
+        code = _watch([_start(run, rank, procs, port) for port in [free_port()] for rank in range(procs)])
         outcome = run.read_outcome()
         if outcome is None:
             reason = f"a rank was killed (see {run.logs})" if code else "ended without saying why"
-            step = max((e.get("step", 0) for e in run.events()), default=0)
+            step = int((read_json(run.heartbeat) or {}).get("step", 0))
             run.write_outcome(code or EXIT_CRASH, reason, step)
             outcome = run.read_outcome() or {}
         if run.life() > lives_before:
@@ -109,7 +109,8 @@ def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
     return max((p.returncode if p.returncode >= 0 else EXIT_CRASH for p in ranks), default=EXIT_DONE)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port on this machine that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

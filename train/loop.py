@@ -1,18 +1,18 @@
 """The training loop: the one orchestrator. Read `train` top to bottom to learn how a stage is trained.
 
 Invariant: whatever decides the course of the run (counts, stops, dropped samples) is agreed on by all ranks before it is used, and the
-state that is saved is that of the last step that moved the weights.
+state that is saved is that of the last step that was done.
 """
 
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 from data_pipeline.errors import EXIT_DONE, EXIT_TRY_AGAIN
-from data_pipeline.loader import Loader, StepData, open_data
-from data_pipeline.plan.plan import Cursor
+from data_pipeline.loader import Data, Loader, StepData, open_data
 from data_pipeline.read.ledger import Ledger, copy_index_damage
 from train import checkpoint, configure, optim
 from train.checkpoint import TrainState
@@ -20,18 +20,14 @@ from train.config import Config
 from train.device import Device
 from train.engine import Engine
 from train.flops import cost_model
-from train.meter import Meter
 from train.model.xcomposer2 import XComposer2
 from train.objective import losses_by_source
 from train.ranks import Ranks
-from train.run_dir import RunDir, write_atomic
+from train.run_dir import RunDir
 from train.signals import StopRequest
+from train.tracking.reporter import Reporter
 from train.tracking.terminal import Terminal
-from train.tracking.trackers import Trackers
 from train.weights import final
-
-COUNTED = ("supervised", "tokens", "image_tokens", "images", "dropped", "stop")
-"""What ranks sum before each step."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +39,28 @@ class Ending:
     step: int
 
 
-def build_model(config: Config, device: Device) -> XComposer2:
-    """The model with the stage's starting weights, on the device and in its number format."""
-    model = XComposer2(config.model, config.data.images.size, config.data.images.tokens)
-    model.init_weights(config.run.seed)
-    if config.run.init_from:
-        final.load_into(model, config.run.init_from)
-    return model.to(device.torch_device, device.dtype)
+class Counts(NamedTuple):
+    """What ranks sum before each step. Padding does not count as tokens."""
+
+    supervised: int
+    tokens: int
+    image_tokens: int
+    images: int
+    dropped: int
+    stop: int
+
+    @staticmethod
+    def of(step: StepData, stop: StopRequest) -> "Counts":
+        """The part of one rank."""
+        batches = [m.batch for m in step.micro_batches]
+        return Counts(
+            supervised=step.supervised,
+            tokens=sum(sum(b.segment_lengths[:-1]) for b in batches),
+            image_tokens=sum(len(b.image_index) for b in batches if b.image_count),
+            images=sum(b.image_count for b in batches),
+            dropped=len(step.bad),
+            stop=int(stop.reason() is not None),
+        )
 
 
 def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: Terminal) -> Ending:
@@ -61,82 +72,64 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
     data = open_data(config.data, config.run.seed)
     model = build_model(config, device)
     trained, frozen = optim.resolve(model, config.train)
-    costs = cost_model(config)
-    micro_steps = -(-config.data.global_batch // (ranks.world * config.data.micro_packs))
-    engine = Engine(config, model, optim.adamw(trained, config.train), ranks, micro_steps, device.dtype)
-
-    base_digest = final.digest(config.run.init_from) if config.run.init_from else None
-    start = TrainState(
-        step=0,
-        cursor=(0, 0),
-        progress=0.0,
-        totals={},
-        plan_digest=data.plan.digest,
-        base_digest=base_digest,
-        world=ranks.world,
-        zero_stage=config.deepspeed.stage,
-        dtype=str(device.dtype),
-    )
-    folder, state = checkpoint.find(run)
-    if folder is None:
-        state = start
-    else:
-        checkpoint.require_same(state, start, folder)
-        checkpoint.load(folder, engine, ranks)
-
-    ledger = Ledger(run.path, ranks.rank)
-    meter = Meter(list(config.data.sources))
-    trackers = None
+    engine = Engine(config, model, optim.adamw(trained, config.train), ranks, device.dtype)
+    state, resumed = _resume(config, run, ranks, device, data, engine)
+    reporter = Reporter(config, run, ranks.rank, terminal)
     if ranks.rank == 0:
-        life = run.begin_life(state.step if folder else None, ranks.world)
-        if folder is None:
-            copy_index_damage(run.path, {s.name: s.damaged for s in data.sources})
-        write_atomic(run.config, configure.to_yaml(config).encode())
-        trackers = Trackers(run, config, configure.as_dict(config), life, state.step)
-        terminal.say(optim.table(trained, frozen, config.train.lr))
-        begins = f"resumed from step {state.step}" if folder else "started"
-        terminal.say(f"{config.run.name}: {begins}, {ranks.world} ranks, ZeRO-{config.deepspeed.stage}, {device.dtype} ({device.reason})")
+        begins = f"resumed from step {state.step}" if resumed else "started"
+        about = f"{config.run.name}: {begins}, {ranks.world} ranks, ZeRO-{config.deepspeed.stage}, {device.dtype} ({device.reason})"
+        life = run.begin_life(state.step if resumed else None, ranks.world, device.torch_device.type)
+        reporter.begin(life, state.step, configure.as_dict(config), [optim.table(trained, frozen, config.train.lr), about])
 
-    pin = device.torch_device.type == "cuda"
-    loader = Loader(config.data, data, config.run.seed, costs, ranks.rank, ranks.world, state.next_cursor, state.step, pin)
-    totals = Counter(state.totals)
+    loader = Loader(
+        config.data,
+        data,
+        config.run.seed,
+        cost_model(config),
+        ranks.rank,
+        ranks.world,
+        state.next_cursor,
+        state.step,
+        pin=device.torch_device.type == "cuda",
+    )
+    ledger = Ledger(run.path, ranks.rank)
+    saved_step = state.step if resumed else None
     ending = Ending(EXIT_DONE, "done", state.step)
     asked = time.monotonic()
-
-    for step_data in loader:
+    for step in loader:
         if config.train.steps is not None and state.step >= config.train.steps:
             break
         got = time.monotonic()
-        totals_of_step = dict(zip(COUNTED, ranks.agree(_counts(step_data, stop)), strict=True))
-        if totals_of_step.pop("stop"):
-            ending = Ending(EXIT_TRY_AGAIN, f"stopped on request ({stop.reason() or 'of another rank'}); the same command goes on", state.step)
+        counts = Counts(*ranks.agree(list(Counts.of(step, stop))))
+        if counts.stop:
+            why = stop.reason() or "another rank was asked"
+            ending = Ending(
+                EXIT_TRY_AGAIN, f"{config.run.name}: stopped after step {state.step} ({why}); the same command goes on", state.step
+            )
             break
 
-        skipped_before = engine.skipped_steps
         by_source = []
-        for micro_batch in step_data.micro_batches:
+        for micro_batch in step.micro_batches:
             batch = micro_batch.batch.to(device.torch_device)
-            losses = engine.forward_backward(batch, totals_of_step["supervised"])
+            losses = engine.forward_backward(batch, counts.supervised, last=micro_batch is step.micro_batches[-1])
             by_source.append(losses_by_source(losses.per_target_L, batch, len(data.sources)))
-        progress = _progress(config, step_data)
+        progress = _progress(config, step)
         lr = optim.learning_rate(config.train, (state.progress + progress) / 2)
-        engine.step(lr)
+        skipped = engine.step(lr)
 
-        ledger.write(step_data.step, step_data.bad)
-        totals.update(totals_of_step)
-        totals["skipped"] += engine.skipped_steps - skipped_before
-        state = TrainState(
-            **{**vars(start), "step": step_data.step + 1, "cursor": _pair(step_data.cursor), "progress": progress, "totals": dict(totals)}
-        )
+        ledger.write(step.step, step.bad)
+        totals = Counter(state.totals)
+        totals.update({**counts._asdict(), "skipped": skipped})
+        state = replace(state, step=step.step + 1, cursor=(step.cursor.window, step.cursor.pack), progress=progress, totals=dict(totals))
         done = time.monotonic()
-        meter.add(
+        reporter.add(
             state.step,
             by_source,
             {
+                "progress": progress,
                 "optim/lr": lr,
                 "optim/grad_norm": engine.grad_norm(),
-                "progress": progress,
-                "throughput/tokens_per_s": totals_of_step["tokens"] / (done - asked),
+                "throughput/tokens_per_s": counts.tokens / (done - asked),
                 "throughput/step_s": done - asked,
                 "throughput/data_wait_share": (got - asked) / (done - asked),
                 "data/tokens": totals["tokens"],
@@ -148,35 +141,55 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
         )
         saves = state.step % config.checkpoint.every == 0
         if saves or state.step % config.track.every == 0:
-            _report(meter, trackers, terminal, run)
+            reporter.flush()
         if saves:
-            _save(run, engine, ranks, state, config)
+            reporter.beat(state.step, "checkpoint")
+            checkpoint.save(run, engine, ranks, state, config.checkpoint.keep_last)
+            saved_step = state.step
         asked = time.monotonic()
 
-    _report(meter, trackers, terminal, run)
-    if state.step and not (run.checkpoints / f"{checkpoint.PREFIX}{state.step:08d}").exists():
-        _save(run, engine, ranks, state, config)
+    reporter.flush()
+    if state.step != saved_step:
+        checkpoint.save(run, engine, ranks, state, config.checkpoint.keep_last)
     if ending.code == EXIT_DONE:
         weights = engine.weights(keep=ranks.rank == 0)
         if ranks.rank == 0:
             final.write(run, weights, state.step)
-    if trackers is not None:
-        trackers.close()
-    terminal.close()
-    return Ending(ending.code, ending.reason, state.step)
+    reporter.close()
+    return replace(ending, step=state.step)
 
 
-def _counts(step: StepData, stop: StopRequest) -> list[int]:
-    """This rank's part of `COUNTED`; padding is not counted as tokens."""
-    batches = [m.batch for m in step.micro_batches]
-    return [
-        step.supervised,
-        sum(sum(b.segment_lengths[:-1]) for b in batches),
-        sum(len(b.image_index) for b in batches if b.image_count),
-        sum(b.image_count for b in batches),
-        len(step.bad),
-        int(stop.reason() is not None),
-    ]
+def build_model(config: Config, device: Device) -> XComposer2:
+    """The model with the stage's starting weights, on the device and in its number format."""
+    model = XComposer2(config.model, config.data.images.size, config.data.images.tokens)
+    model.init_weights(config.run.seed)
+    if config.run.init_from:
+        final.load_into(model, config.run.init_from)
+    return model.to(device.torch_device, device.dtype)
+
+
+def _resume(config: Config, run: RunDir, ranks: Ranks, device: Device, data: Data, engine: Engine) -> tuple[TrainState, bool]:
+    """The state to go on from, and whether it is that of a checkpoint."""
+    start = TrainState(
+        step=0,
+        cursor=(0, 0),
+        progress=0.0,
+        totals={},
+        plan_digest=data.plan.digest,
+        base_digest=final.digest(config.run.init_from) if config.run.init_from else None,
+        world=ranks.world,
+        zero_stage=config.deepspeed.stage,
+        dtype=str(device.dtype),
+    )
+    folder = checkpoint.find(run, ranks)
+    if folder is None:
+        if ranks.rank == 0:
+            copy_index_damage(run.path, {s.name: s.damaged for s in data.sources})
+        return start, False
+    state = checkpoint.read_state(folder)
+    checkpoint.require_same(state, start, folder)
+    checkpoint.load(folder, engine, ranks)
+    return state, True
 
 
 def _progress(config: Config, step: StepData) -> float:
@@ -184,27 +197,3 @@ def _progress(config: Config, step: StepData) -> float:
     if config.train.steps is not None:
         return (step.step + 1) / config.train.steps
     return step.progress or 0.0
-
-
-def _pair(cursor: Cursor) -> tuple[int, int]:
-    return cursor.window, cursor.pack
-
-
-def _report(meter: Meter, trackers: Trackers | None, terminal: Terminal, run: RunDir) -> None:
-    lines = meter.flush()
-    if trackers is None or not lines:
-        return
-    for step, metrics in lines:
-        trackers.log(step, metrics)
-    step, metrics = lines[-1]
-    speed = sum(m["throughput/tokens_per_s"] for _, m in lines) / len(lines)
-    terminal.show(
-        step, metrics["progress"], metrics["loss/train"], speed, int(metrics["health/skipped_steps"]), int(metrics["health/bad_samples"])
-    )
-    run.beat(step, "train")
-
-
-def _save(run: RunDir, engine: Engine, ranks: Ranks, state: TrainState, config: Config) -> None:
-    if ranks.rank == 0:
-        run.beat(state.step, "checkpoint")
-    checkpoint.save(run, engine, ranks, state, config.checkpoint.keep_last)

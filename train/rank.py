@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_pipeline.errors import EXIT_CRASH, TryAgainError, UserError
 from train import configure
-from train.run_dir import RunDir
+from train.run_dir import RunDir, read_json
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,11 +49,13 @@ def run_rank(run_dir: Path) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         # Other ranks may wait in a collective that this one will never join: leave at once, the launcher ends them.
         os._exit(error.exit_code)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  whatever it was, the outcome must say so before the process goes
         import traceback
 
         traceback.print_exc()
-        run.write_outcome(EXIT_CRASH, f"rank {rank}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", _last_step(run))
+        run.write_outcome(
+            EXIT_CRASH, f"rank {rank}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", _last_step(run)
+        )
         sys.stderr.flush()
         os._exit(EXIT_CRASH)
 
@@ -68,8 +70,6 @@ def _redirect_output(run: RunDir, rank: int) -> int:
 
 
 def _last_step(run: RunDir) -> int:
-    from train.run_dir import read_json
-
     return int((read_json(run.heartbeat) or {}).get("step", 0))
 
 

@@ -17,7 +17,7 @@ TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others."""
+    """One process among the others."""
 
     rank: int
     world: int
@@ -30,6 +30,12 @@ class Ranks:
         total = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(total, group=self.control)
         return total.tolist()
+
+    def share(self, value: str | None) -> str | None:
+        """Rank 0's value, on all ranks."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
 
     def barrier(self) -> None:
         """Waits for all ranks, on the host."""

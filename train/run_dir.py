@@ -18,6 +18,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from data_pipeline import jsonl
 from data_pipeline.errors import UserError
 
 
@@ -59,15 +60,16 @@ class RunDir:
         """How the last life ended, if it said so."""
         return read_json(self.outcome)
 
-    def begin_life(self, resumed_from: int | None, world: int) -> int:
+    def begin_life(self, resumed_from: int | None, world: int, device: str) -> int:
         """Notes that a process group starts; returns the number of this life, from 1."""
         life = self.life() + 1
-        append_json(self.lives, {"life": life, "event": "start", "time": time.time(), "resumed_from": resumed_from, "world": world})
+        start = {"life": life, "event": "start", "time": time.time(), "resumed_from": resumed_from, "world": world, "device": device}
+        jsonl.append(self.lives, [start])
         return life
 
     def end_life(self, code: int, reason: str, step: int) -> None:
         """Notes how the process group ended."""
-        append_json(self.lives, {"life": self.life(), "event": "end", "time": time.time(), "code": code, "reason": reason, "step": step})
+        jsonl.append(self.lives, [{"life": self.life(), "event": "end", "time": time.time(), "code": code, "reason": reason, "step": step}])
 
     def life(self) -> int:
         """Number of the newest life; 0 before the first."""
@@ -75,7 +77,7 @@ class RunDir:
 
     def events(self) -> list[dict[str, Any]]:
         """Starts and ends of lives, in order."""
-        return read_json_lines(self.lives)
+        return jsonl.read(self.lives)
 
     def beat(self, step: int, phase: str) -> None:
         """Says that rank 0 is alive and where it is."""
@@ -107,21 +109,6 @@ def read_json(path: Path) -> Any | None:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-
-
-def append_json(path: Path, value: Any) -> None:
-    """Adds one line to a JSONL file."""
-    with path.open("a") as file:
-        file.write(json.dumps(value) + "\n")
-
-
-def read_json_lines(path: Path) -> list[Any]:
-    """The whole lines of a JSONL file; a line cut by a kill is left out."""
-    try:
-        lines = path.read_text().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def file_digest(path: Path) -> str:

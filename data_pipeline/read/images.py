@@ -7,12 +7,24 @@ never from a worker's state.
 import io
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import ExifTags, Image, ImageEnhance
 
 from data_pipeline.config import ImageConfig
 from data_pipeline.samples import IMAGE_FORMATS, PIXEL_LIMIT, BadSample
 
 Image.MAX_IMAGE_PIXELS = PIXEL_LIMIT // 2  # PIL raises at twice this
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings an image upright, by EXIF orientation."""
 
 
 def decode(data: bytes) -> Image.Image:
@@ -50,10 +62,12 @@ def to_square(image: Image.Image, policy: ImageConfig, rng: np.random.Generator 
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says; not by `ImageOps.exif_transpose`, which fails on tags that it need not touch."""
     try:
-        return ImageOps.exif_transpose(image)
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # noqa: BLE001  an EXIF block that cannot be read orients nothing; the pixels are sound
         return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _crop_box(size: tuple[int, int], crop: float, rng: np.random.Generator) -> tuple[float, float, float, float]:

@@ -4,10 +4,11 @@ Invariant: a line is written once its batch is consumed, by the rank that consum
 again, so readers count a (step, source, shard, offset) once.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from data_pipeline import jsonl
 
 
 @dataclass(frozen=True)
@@ -33,27 +34,22 @@ class Ledger:
         if not entries:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a") as file:
-            file.writelines(json.dumps({"step": step, **asdict(e)}) + "\n" for e in entries)
+        jsonl.append(self._path, ({"step": step, **asdict(e)} for e in entries))
 
 
 def copy_index_damage(run_dir: Path, damaged: dict[str, Path]) -> None:
     """Writes what the indexes could not use to `RUN/ledger/index.jsonl`, each line with its source's name."""
     target = run_dir / "ledger" / "index.jsonl"
     target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("w") as out:
-        for source, path in damaged.items():
-            with path.open() as lines:
-                out.writelines(json.dumps({"source": source, **json.loads(line)}) + "\n" for line in lines)
+    target.unlink(missing_ok=True)
+    for source, path in damaged.items():
+        jsonl.append(target, ({"source": source, **entry} for entry in jsonl.read(path)))
 
 
 def read_ledger(run_dir: Path) -> list[dict[str, Any]]:
     """All lines of a run, each dropped sample of a step once."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for file in sorted((run_dir / "ledger").glob("*.jsonl")):
-        for line in file.read_text().splitlines(keepends=True):
-            if not line.endswith("\n"):
-                continue  # cut by a kill; the replayed step writes it again
-            entry = json.loads(line)
+        for entry in jsonl.read(file):
             found[entry.get("step", -1), entry["source"], entry["shard"], entry["offset"]] = entry
     return list(found.values())

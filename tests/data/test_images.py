@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -42,8 +43,13 @@ def test_exif_orientation_is_applied(orientation, first):
     assert near(image.getpixel((2, 2)), first)
 
 
-def test_an_exif_block_that_cannot_be_read_loses_no_picture():
-    data = encode(halves(), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\x01\x12\xff\xff" * 9)
+def test_an_exif_block_that_cannot_be_read_loses_no_picture(monkeypatch):
+    def fail(_: object) -> None:
+        raise struct.error("unpack requires a buffer of 2 bytes")
+
+    data = encode(halves(), "JPEG", exif=b"Exif\0\0no TIFF header")
+    assert near(decode(data).getpixel((2, 2)), RED)
+    monkeypatch.setattr(Image.Image, "getexif", fail)
     assert near(decode(data).getpixel((2, 2)), RED)
 
 
@@ -88,22 +94,22 @@ def png_of_size(width: int, height: int) -> bytes:
     """A small file that says it is large."""
     data = bytearray(encode(Image.new("L", (1, 1))))
     data[16:24] = struct.pack(">II", width, height)
-    import zlib
-
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     return bytes(data)
 
 
 def test_a_decompression_bomb_is_a_bad_sample_before_it_is_decoded():
     for data in (png_of_size(50_000, 50_000), png_of_size(70_000, 1)):
-        with pytest.raises(BadSample, match="image (too large|header unreadable)"):
+        with pytest.raises(BadSample, match=r"image (too large|header unreadable)"):
             image_size(data)
-    with pytest.raises(BadSample, match="image does not decode"):
+    with pytest.raises(BadSample, match="decompression bomb"):
         decode(png_of_size(50_000, 50_000))
 
 
-def test_a_postscript_file_is_never_run():
-    data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+@pytest.mark.parametrize("form", ["EPS", "PPM"])
+def test_formats_that_nobody_publishes_are_never_opened(form):
+    """Pillow has a program run EPS files, whatever a member is called."""
+    data = encode(halves(), form)
     with pytest.raises(BadSample):
         image_size(data)
     with pytest.raises(BadSample):
@@ -141,7 +147,7 @@ POLICY = ImageConfig(size=16, tokens=4, crop=0.5, jitter=0.5)
 
 
 def test_augmentation_is_a_function_of_seed_epoch_row_and_element(demo, tmp_path):
-    from data.demo_data import data_config
+    from demo_data import data_config
 
     from data_pipeline.loader import open_data
     from data_pipeline.read.materialise import Materialiser

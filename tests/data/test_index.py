@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import webdataset
-from data.tars import cut, insert, make_document, make_image, make_pairs, member_offsets, overwrite, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tars import cut, insert, make_document, make_image, make_pairs, member_offsets, overwrite, write_tar
 
 from data_pipeline.errors import TryAgainError, UserError
 from data_pipeline.samples import Kind
@@ -93,6 +93,13 @@ def test_truncated_tar_keeps_every_whole_sample_and_names_the_damage(tmp_path_fa
 def test_truncation_inside_a_member_names_its_key(pairs):
     name, _, end = member_offsets(pairs)[7]
     assert statuses(cut(pairs, end - 1))[-1] == ("k3", f"truncated tar: {name!r} ends past the end of the file")
+
+
+def test_a_sample_cut_in_its_last_member_is_not_kept_without_it(tmp_path):
+    shard = write_tar(tmp_path / "a.tar", [*make_pairs(1), ("m.png", make_image()), ("m.txt", b"apple"), ("m.json", b"{}")])
+    found = statuses(cut(shard, member_offsets(shard)[-1][2] - 1))
+    assert [key for key, _ in found] == ["k0", "m"]
+    assert found[1][1].startswith("truncated tar: 'm.json'")
 
 
 def test_garbage_between_members_keeps_what_is_before(pairs):

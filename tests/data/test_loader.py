@@ -3,15 +3,19 @@
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-from data.demo_data import SEED, START, data_config, run, same_step, segments_of
-from data.tars import cut, overwrite
+from demo_data import SEED, START, data_config, run, same_step, segments_of
+from tars import cut, overwrite
 
 from data_pipeline.errors import TryAgainError, UserError
 from data_pipeline.loader import StepData, open_data
 from data_pipeline.read import storage
+from data_pipeline.read.ledger import BadEntry
+from data_pipeline.read.materialise import Materialiser
 from data_pipeline.samples import Kind
 from data_pipeline.shards.index import index_shard, read_index, sidecar_path
 from data_pipeline.shards.merge import merge
@@ -207,6 +211,18 @@ def all_keys(source: Path) -> list[str]:
 
 def rows_of(demo, source: str, shard: str) -> list[dict]:
     return index_rows(demo.source(source) / shard)
+
+
+def test_a_sample_that_is_not_as_long_as_planned_is_dropped(demo):
+    """Whatever made it so: the pack has no room for more, and less would be other data."""
+    config = data_config(demo.root)
+    data = open_data(config, SEED)
+    pieces = data.plan.global_batch(START).packs[0]
+    for change in (-1, 1):
+        altered = replace(pieces, tokens=pieces.tokens + np.where(np.arange(len(pieces)) == 1, change, 0))
+        found = Materialiser(data.sources, data.tokenizer, config.images, SEED).segments(altered)
+        assert [i for i, f in enumerate(found) if isinstance(f, BadEntry)] == [1]
+        assert found[1].reason.startswith("sample changed since it was indexed")
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from data.plan_strategies import ArraySource, sources, text_source
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from plan_strategies import ArraySource, sources, text_source
 
 from data_pipeline.plan.order import EpochOrder, group_blocks, splitmix64
 

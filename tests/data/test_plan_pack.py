@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from data.plan_strategies import peers_mix
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan_strategies import peers_mix
 
 from data_pipeline.plan.columns import Budgets, ImagePolicy
 from data_pipeline.plan.pack import pack

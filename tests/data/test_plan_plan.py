@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data.plan_strategies import BUDGETS, POLICY, ArraySource, epoch_plans, source_of, text_source
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan_strategies import BUDGETS, POLICY, ArraySource, epoch_plans, source_of, text_source
 
 from data_pipeline.plan import plan as plan_module
 from data_pipeline.plan.columns import Budgets, ImagePolicy

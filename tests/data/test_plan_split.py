@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from data.plan_strategies import POLICY, element_records, samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan_strategies import POLICY, element_records, samples
 
 from data_pipeline.plan.columns import Budgets
 from data_pipeline.plan.split import Pieces, split

@@ -6,12 +6,14 @@ replayed are told apart. Only rank 0 tracks.
 
 import logging
 import os
+import time
 import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
+from data_pipeline import jsonl
 from train.config import Config
-from train.run_dir import RunDir, append_json, write_atomic
+from train.run_dir import RunDir, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ class JsonLines:
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Appends the step."""
-        append_json(self._path, {"step": step, "life": self._life, **metrics})
+        jsonl.append(self._path, [{"step": step, "life": self._life, "time": time.time(), **metrics}])
 
     def close(self) -> None:
         """Nothing is held back."""
@@ -100,7 +102,10 @@ class Trackers:
     def __init__(self, run: RunDir, config: Config, settings: dict[str, Any], life: int, step: int) -> None:
         self._lines = JsonLines(run, life)
         self._others: list[Tracker] = []
-        for wanted, make in ((config.track.tensorboard, lambda: TensorBoard(run, step)), (config.track.wandb, lambda: Wandb(run, config, settings))):
+        for wanted, make in (
+            (config.track.tensorboard, lambda: TensorBoard(run, step)),
+            (config.track.wandb, lambda: Wandb(run, config, settings)),
+        ):
             if wanted:
                 try:
                     self._others.append(make())

@@ -59,7 +59,7 @@ def segments_of(batch: PackedBatch) -> list[SegmentView]:
     positions = batch.image_index.tolist() if batch.image_count else []
     tokens_an_image = len(positions) // max(1, batch.image_count)
     views = []
-    for i, (first, last) in enumerate(itertools.pairwise(borders)):
+    for i, (first, last) in enumerate(itertools.pairwise(borders[:-1])):
         at = [n for n, p in enumerate(positions) if first <= p < last]
         images = sorted({n // tokens_an_image for n in at})
         views.append(

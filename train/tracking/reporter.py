@@ -1,0 +1,58 @@
+"""Everything that a run tells about itself while it trains: metrics to trackers, the progress line, the heartbeat.
+
+Invariant: `flush` is a collective; all ranks call it at the same steps. Only rank 0 writes.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from train.config import Config
+from train.run_dir import RunDir
+from train.tracking.meter import Meter
+from train.tracking.terminal import Terminal
+from train.tracking.trackers import Metrics, Trackers
+
+
+class Reporter:
+    """The voice of a run; on ranks above 0 it only takes part in the sums."""
+
+    def __init__(self, config: Config, run: RunDir, rank: int, terminal: Terminal) -> None:
+        self._config, self._run, self._terminal = config, run, terminal
+        self._speaks = rank == 0
+        self._meter = Meter(list(config.data.sources))
+        self._trackers: Trackers | None = None
+
+    def begin(self, life: int, step: int, settings: dict[str, Any], lines: list[str]) -> None:
+        """Opens the trackers and says how the life begins. Rank 0 only."""
+        self._trackers = Trackers(self._run, self._config, settings, life, step)
+        for line in lines:
+            self._terminal.say(line)
+
+    def add(self, step: int, by_source: list[tuple[Tensor, Tensor]], host: Metrics) -> None:
+        """Notes a step, without waiting for the device."""
+        self._meter.add(step, by_source, host)
+
+    def flush(self) -> None:
+        """Sums the noted steps over the ranks and shows them."""
+        lines = self._meter.flush()
+        if self._trackers is None or not lines:
+            return
+        for step, metrics in lines:
+            self._trackers.log(step, metrics)
+        step, metrics = lines[-1]
+        speed = sum(m["throughput/tokens_per_s"] for _, m in lines) / len(lines)
+        skipped, dropped = int(metrics["health/skipped_steps"]), int(metrics["health/bad_samples"])
+        self._terminal.show(step, metrics["progress"], metrics["loss/train"], speed, skipped, dropped)
+        self.beat(step, "train")
+
+    def beat(self, step: int, phase: str) -> None:
+        """Says where the run is, for whoever watches from outside."""
+        if self._speaks:
+            self._run.beat(step, phase)
+
+    def close(self) -> None:
+        """Flushes the trackers and gives the terminal back."""
+        if self._trackers is not None:
+            self._trackers.close()
+        self._terminal.close()
