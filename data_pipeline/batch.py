@@ -87,7 +87,7 @@ class Segment:
     sample: int
 
 
-T_BUCKET = 64
+T_BUCKET = 16
 """T is a multiple of this, at least one padding token included."""
 L_BUCKET = 64
 """L is a multiple of this: ever-changing row counts made memory grow on CPUs."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo"
-DEMO_SOURCES = ("pairs", "documents", "text")
+DEMO_SOURCES = ("pairs", "documents", "text", "prose")
 HELD_OUT = ("heldout/text", *(f"heldout/unseen_{what}/{part}" for what in ("picture", "concept") for part in ("validation", "test")))
 
 

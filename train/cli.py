@@ -97,7 +97,9 @@ def _run(args: argparse.Namespace) -> int:
         else:
             print(f"{config.run.name}: finished before, in {run.path}")
         if not run.evaluation.exists() and (config.evaluate.splits or config.evaluate.text):
-            _evaluate_run(run.path)
+            code = _evaluate_apart(run.path)
+            if code != EXIT_DONE:
+                return code
     last = Path(dirs[-1])
     print(f"next: xc-train report {last.parent if len(dirs) > 1 else last}")
     return EXIT_DONE
@@ -110,6 +112,7 @@ def _check_stage(config: Config, earlier: list[str]) -> None:
         UserError: what is wrong, where, and the cure.
     """
     from data_pipeline.loader import open_data
+    from data_pipeline.shards.source import ShardSource
     from train import configure
     from train.run_dir import RunDir
     from train.weights import final
@@ -118,9 +121,14 @@ def _check_stage(config: Config, earlier: list[str]) -> None:
     rows, words = config.model.decoder.vocab, data.tokenizer.size
     if words > rows:
         raise UserError(f"model.decoder.vocab: {rows} rows do not hold the tokenizer's {words} words (set it to {words} or more)")
-    for name, folder in config.evaluate.splits.items():
+    held_out = {f"evaluate.splits.{name}": folder for name, folder in config.evaluate.splits.items()}
+    for name, folder in held_out.items():
         if not (Path(folder) / "candidates.json").exists():
-            raise UserError(f"evaluate.splits.{name}: no candidates.json in {Path(folder).resolve()} (mend the path)")
+            raise UserError(f"{name}: no candidates.json in {Path(folder).resolve()} (mend the path)")
+    if config.evaluate.text:
+        held_out["evaluate.text"] = config.evaluate.text
+    for name, folder in held_out.items():
+        ShardSource(name, folder).require_tokenizer(data.tokenizer.digest)
     if config.run.init_from and config.run.init_from not in earlier:
         final.digest(config.run.init_from)
     run = RunDir(config.run.dir)
@@ -136,12 +144,12 @@ def _default_procs() -> int:
     return max(1, torch.cuda.device_count())
 
 
-def _evaluate_run(run_dir: Path) -> None:
+def _evaluate_apart(run_dir: Path) -> int:
     """In a process of its own, so that what is measured is what was written and read back."""
     import subprocess
 
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))}
-    subprocess.run([sys.executable, "-m", "train.cli", "evaluate", str(run_dir)], env=environment, check=True)
+    return subprocess.run([sys.executable, "-m", "train.cli", "evaluate", str(run_dir)], env=environment).returncode
 
 
 def _evaluate(args: argparse.Namespace) -> int:

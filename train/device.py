@@ -33,6 +33,8 @@ class Device:
 def choose(precision: Precision, local_rank: int) -> Device:
     """The device of a rank and the format that `train.precision` means on it."""
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if precision is not Precision.auto:
         return Device(device, torch.bfloat16 if precision is Precision.bf16 else torch.float32, "as configured")
     if device.type == "cuda":

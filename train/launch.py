@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from data_pipeline.errors import EXIT_CRASH, EXIT_DONE, UserError
@@ -32,13 +32,13 @@ def run_stage(config: Config, procs: int) -> int:
         lives_before = run.life()
         code = _watch([_start(run, rank, procs, port) for port in [free_port()] for rank in range(procs)])
         outcome = run.read_outcome()
-        if outcome is None:
-            reason = f"a rank was killed (see {run.logs})" if code else "ended without saying why"
-            step = int((read_json(run.heartbeat) or {}).get("step", 0))
-            run.write_outcome(code or EXIT_CRASH, reason, step)
-            outcome = run.read_outcome() or {}
-        if run.life() > lives_before:
-            run.end_life(outcome["code"], outcome["reason"], outcome["step"])
+        with suppress(OSError):  # a full disk must not hide why the run ended
+            if outcome is None:
+                step = int((read_json(run.heartbeat) or {}).get("step", 0))
+                outcome = {"code": code or EXIT_CRASH, "reason": f"{config.run.name}: a rank was killed (see {run.logs})", "step": step}
+                run.write_outcome(**outcome)
+            if run.life() > lives_before:
+                run.end_life(outcome["code"], outcome["reason"], outcome["step"])
     if outcome["code"] != EXIT_DONE:
         print(f"{'error: ' if outcome['code'] in (1, 2) else ''}{outcome['reason']}", file=sys.stderr)
     return int(outcome["code"])
@@ -101,8 +101,8 @@ def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
             time.sleep(POLL_S)
     finally:
         for process in ranks:
-            if process.poll() is None:
-                process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # the rank and its data workers
             process.wait()
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -71,9 +71,9 @@ def table(trained: Iterable[Group], frozen: Iterable[Group], lr: float) -> str:
 
 
 def adamw(groups: list[Group], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the groups; `set_lr` gives each step its learning rate."""
+    """AdamW over the groups, one kernel a tensor; `set_lr` gives each step its learning rate."""
     parameters = [{"params": g.parameters, "weight_decay": g.weight_decay, "lr": 0.0, "lr_scale": g.lr_scale} for g in groups]
-    return torch.optim.AdamW(parameters, lr=0.0, betas=(config.betas[0], config.betas[1]), eps=config.eps)
+    return torch.optim.AdamW(parameters, lr=0.0, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -4,19 +4,28 @@ MASTER_ADDR and MASTER_PORT set.
 Invariant: however a rank ends without being killed, `outcome.json` says why, and its exit code is the outcome's.
 """
 
+import ctypes
+import errno
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from data_pipeline.errors import EXIT_CRASH, TryAgainError, UserError
+from data_pipeline.errors import EXIT_CRASH, EXIT_USER, TryAgainError, UserError
 from train import configure
 from train.run_dir import RunDir, read_json
+
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+"""What the user mends by making room."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     (run_dir,) = sys.argv[1:] if argv is None else argv
+    _end_with_parent()
     sys.exit(run_rank(Path(run_dir)))
 
 
@@ -45,19 +54,30 @@ def run_rank(run_dir: Path) -> int:
         dist.destroy_process_group()
         return ending.code
     except (UserError, TryAgainError) as error:
-        run.write_outcome(error.exit_code, str(error), _last_step(run))
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        # Other ranks may wait in a collective that this one will never join: leave at once, the launcher ends them.
-        os._exit(error.exit_code)
-    except Exception as error:  # noqa: BLE001  whatever it was, the outcome must say so before the process goes
-        import traceback
-
-        traceback.print_exc()
-        run.write_outcome(
-            EXIT_CRASH, f"rank {rank}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", _last_step(run)
+        code, reason = error.exit_code, str(error)
+    except OSError as error:
+        code = EXIT_USER if error.errno in STORAGE_ERRORS else EXIT_CRASH
+        reason = (
+            f"cannot write in {run.path}: {error.strerror} (free space and run the same command: it goes on)"
+            if code == EXIT_USER
+            else repr(error)
         )
-        sys.stderr.flush()
-        os._exit(EXIT_CRASH)
+        traceback.print_exc()
+    except Exception as error:  # noqa: BLE001  whatever it was, the outcome must say so before the process goes
+        code, reason = EXIT_CRASH, f"rank {rank}: {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]} (see {run.logs})"
+        traceback.print_exc()
+    if not run.outcome.exists():  # the first rank to fail knows why; the others only see it gone
+        with suppress(OSError):
+            run.write_outcome(code, reason, _last_step(run))
+    print(f"error: {reason}", file=sys.stderr, flush=True)
+    # Other ranks may wait in a collective that this one will never join: leave at once, the launcher ends them.
+    os._exit(code)
+
+
+def _end_with_parent() -> None:
+    """Asks the kernel to kill this rank when its launcher is gone: nobody would watch it, and its run directory is free to others."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
 def _redirect_output(run: RunDir, rank: int) -> int:

@@ -167,17 +167,19 @@ def document_sample(document: Document) -> Sample:
 
 
 def paragraph_samples(documents: Iterable[Document]) -> list[Sample]:
-    return [{"__key__": f"{d.name}-{i:03d}", "txt": text} for d in documents for i, text in enumerate(d.paragraphs)]
+    """The prose of documents, a paragraph a sample, in one fixed random order."""
+    samples: list[Sample] = [{"__key__": f"{d.name}-{i:03d}", "txt": text} for d in documents for i, text in enumerate(d.paragraphs)]
+    return sorted(samples, key=lambda sample: rank("prose", str(sample["__key__"])))
 
 
-def training_text(concepts: Iterable[Concept], documents: Iterable[Document]) -> list[Sample]:
-    """Captions, tag lines and prose, each a sample of its own, in one fixed random order."""
-    samples = paragraph_samples(documents)
+def caption_samples(concepts: Iterable[Concept]) -> list[Sample]:
+    """Captions and tag lines, each a sample of its own, in one fixed random order."""
+    samples: list[Sample] = []
     for concept in concepts:
         samples.append({"__key__": f"caption-{concept.code}", "txt": concept.caption})
         if concept.tag_line:
             samples.append({"__key__": f"tags-{concept.code}", "txt": concept.tag_line})
-    return sorted(samples, key=lambda sample: rank("text", sample["__key__"]))
+    return sorted(samples, key=lambda sample: rank("text", str(sample["__key__"])))
 
 
 def write_shards(pattern: Path, samples: Iterable[Sample], per_shard: int = 1_000_000) -> None:
@@ -234,7 +236,7 @@ def read_shards(pattern: Path) -> Iterator[Sample]:
 def check(out: Path, splits: Splits) -> None:
     """Reads the shards back and asserts that nothing held out is on the training side."""
     pixels = {Image.open(io.BytesIO(s["webp"])).tobytes() for s in read_shards(out / "pairs" / "*.tar")}
-    texts = [s["txt"].decode() for folder in ("pairs", "text") for s in read_shards(out / folder / "*.tar")]
+    texts = [s["txt"].decode() for folder in ("pairs", "text", "prose") for s in read_shards(out / folder / "*.tar")]
     texts += [text for s in read_shards(out / "documents" / "*.tar") for text in json.loads(s["json"])["texts"] if text]
     everything = "\n".join(texts).lower()
     for name, pictures in splits.held_out.items():
@@ -264,15 +266,16 @@ def build(packages: Path, out: Path) -> None:
     splits = split(read_concepts(packages), words_of)
     documents = sorted(read_documents(packages), key=lambda d: rank("document", d.name))
     held_out_documents, training_documents = documents[:HELD_OUT_DOCUMENTS], documents[HELD_OUT_DOCUMENTS:]
-    text = training_text(splits.training_concepts, training_documents)
-    trained_on = {sample["txt"] for sample in text}
+    text, prose = caption_samples(splits.training_concepts), paragraph_samples(training_documents)
+    trained_on = {sample["txt"] for sample in text + prose}
 
-    for folder in ("pairs", "heldout", "documents", "text", "tokenizer"):
+    for folder in ("pairs", "heldout", "documents", "text", "prose", "tokenizer"):
         shutil.rmtree(out / folder, ignore_errors=True)
     shuffled = sorted(splits.training, key=lambda p: rank("pairs", p.key))
     write_shards(out / "pairs" / "train-%06d.tar", pair_samples(shuffled), PAIRS_PER_SHARD)
     write_shards(out / "documents" / "train-%06d.tar", map(document_sample, training_documents))
     write_shards(out / "text" / "train-%06d.tar", text)
+    write_shards(out / "prose" / "train-%06d.tar", prose)
     new_paragraphs = [s for s in paragraph_samples(held_out_documents) if s["txt"] not in trained_on]
     write_shards(out / "heldout" / "text" / "shard-%06d.tar", new_paragraphs)
     for name, pictures in splits.held_out.items():
@@ -282,7 +285,7 @@ def build(packages: Path, out: Path) -> None:
         (folder / "candidates.json").write_text(f'{{"split": "{name}", "items": [\n{lines}\n]}}\n', encoding="utf-8")
 
     captions = [concept.caption for concept in splits.training_concepts]
-    tokenizer = train_tokenizer(captions, (str(sample["txt"]) for sample in text), words_of)
+    tokenizer = train_tokenizer(captions, (str(sample["txt"]) for sample in text + prose), words_of)
     (out / "tokenizer").mkdir()
     tokenizer.save(str(out / "tokenizer" / "tokenizer.json"))
     check(out, splits)

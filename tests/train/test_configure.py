@@ -1,0 +1,56 @@
+"""One YAML a stage: inheritance, overrides, and a resolved config that repeats the run."""
+
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import UserError
+from train import configure
+from train.config import Precision, Stage
+
+DEMO = sorted(Path(__file__).resolve().parents[2].glob("configs/demo/[0-9]*.yaml"))
+
+
+@pytest.mark.parametrize("path", DEMO, ids=lambda p: p.stem)
+def test_the_demo_configs_load_and_their_resolved_form_is_the_same_config(path, tmp_path):
+    config = configure.load(path)
+    resolved = tmp_path / "config.yaml"
+    resolved.write_text(configure.to_yaml(config))
+    assert configure.load(resolved) == config
+
+
+def test_each_demo_stage_begins_where_the_one_before_ended():
+    configs = [configure.load(path) for path in DEMO]
+    assert [c.run.stage for c in configs] == [Stage.language, Stage.pretrain, Stage.sft]
+    assert [c.run.init_from for c in configs] == [None, configs[0].run.dir, configs[1].run.dir]
+    assert all(c.model == configs[0].model for c in configs)
+
+
+def test_a_layer_overrides_its_base_and_the_command_line_overrides_both(tmp_path):
+    (tmp_path / "base.yaml").write_text(DEMO[0].with_name("base.yaml").read_text())
+    (tmp_path / "stage.yaml").write_text(DEMO[0].read_text().replace("train:", "train:\n  lr: 0.5\n  warmup: 0.5").replace("lr: 0.002", ""))
+    config = configure.load(tmp_path / "stage.yaml", ["train.lr=0.25", "train.precision=fp32", "run.name=it's"])
+    assert (config.train.lr, config.train.warmup) == (0.25, 0.5)
+    assert config.train.precision is Precision.fp32
+    assert config.run.name == "it's"
+
+
+def test_a_base_that_leads_back_to_itself_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(UserError, match="leads back to itself"):
+        configure.load(tmp_path / "a.yaml")
+
+
+def test_only_what_shapes_the_result_makes_two_configs_differ():
+    one = configure.load(DEMO[1])
+    cadence = ["data.workers=7", "track.every=99", "checkpoint.every=3", "deepspeed.stage=1", "run.name=x"]
+    assert configure.shaping_difference(one, configure.load(DEMO[1], cadence)) is None
+    for override, key in [("train.lr=1", "train.lr"), ("data.context=64", "data.context"), ("run.seed=5", "run.seed")]:
+        assert configure.shaping_difference(one, configure.load(DEMO[1], [override])) == key
+
+
+def test_slurm_settings_are_kept_unread(tmp_path):
+    (tmp_path / "base.yaml").write_text(DEMO[0].with_name("base.yaml").read_text())
+    (tmp_path / "stage.yaml").write_text(DEMO[0].read_text() + "slurm: {nodes: 4, anything: [1, 2]}\n")
+    assert configure.load(tmp_path / "stage.yaml").slurm == {"nodes": 4, "anything": [1, 2]}

@@ -1,0 +1,81 @@
+"""Held-out figures mean what they say, and decoding is what the model's own logits prefer."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from stages import stage_settings
+
+from data_pipeline.batch import assemble
+from data_pipeline.errors import UserError
+from data_pipeline.text.tokenizer import Tokenizer
+from train import configure
+from train.config import Config
+from train.evaluate import Scorer, Scores
+from train.generate import greedy_captions
+from train.model.xcomposer2 import XComposer2
+
+
+@pytest.fixture(scope="module")
+def scorer(demo, tmp_path_factory) -> Scorer:
+    import yaml
+
+    folder = tmp_path_factory.mktemp("scorer")
+    (folder / "config.yaml").write_text(yaml.safe_dump(stage_settings(demo, folder / "run")))
+    config: Config = configure.load(folder / "config.yaml")
+    config.model.decoder.init_std = 0.3  # decided opinions, so that an argmax is not a coin toss
+    model = XComposer2(config.model, config.data.images.size, config.data.images.tokens)
+    model.init_weights(1)
+    return Scorer(model.eval(), Tokenizer(config.data.tokenizer), config)
+
+
+def pixels(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (3, 32, 32), np.uint8)
+
+
+def test_a_segment_scores_the_same_alone_and_among_others(scorer):
+    captions = ["food fruit: red apple", "animal bird: parrot", "sky weather: sun behind cloud"]
+    segments = [scorer._segment(caption, pixels(i)) for i, caption in enumerate(captions)]
+    together = scorer.score(segments)
+    alone = [scorer.score([s]) for s in segments]
+    assert together.nll == pytest.approx([s.nll[0] for s in alone], rel=1e-5)
+    assert together.tokens.tolist() == [len(scorer.tokenizer.encode(c)) + 1 for c in captions]
+
+
+def test_a_score_is_the_cross_entropy_of_the_caption_and_its_end(scorer):
+    segment = scorer._segment("food fruit: red apple", pixels(3))
+    batch = assemble([segment], 32, 1, scorer.tokenizer.end)
+    with torch.no_grad():
+        logits = scorer.model.logits(batch)[: batch.supervised]
+    expected = F.cross_entropy(logits, batch.targets[: batch.supervised], reduction="sum").item()
+    assert scorer.score([segment]).nll[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_greedy_captions_are_what_the_logits_prefer_word_by_word_and_do_not_depend_on_the_neighbours(scorer):
+    images = [pixels(i) for i in range(3)]
+    captions = greedy_captions(scorer.model, images, scorer.tokenizer, 1, 5)
+    assert captions == [greedy_captions(scorer.model, [image], scorer.tokenizer, 1, 5)[0] for image in images]
+    first_word = captions[0].split()[0]
+    batch = assemble([scorer._segment(first_word, images[0])], 32, 1, scorer.tokenizer.end)
+    with torch.no_grad():
+        assert scorer.tokenizer.decode([int(scorer.model.logits(batch)[0].argmax())]) == first_word
+
+
+def test_the_standard_error_is_that_of_resampled_pictures():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, 12, 400)
+    nll = rng.gamma(2.0, 1.0, 400) * tokens
+    scores = Scores(nll, tokens)
+    draws = rng.integers(0, 400, (4000, 400))
+    bootstrap = (nll[draws].sum(1) / tokens[draws].sum(1)).std()
+    assert scores.stderr() == pytest.approx(bootstrap, rel=0.05)
+
+
+def test_held_out_data_of_another_tokenizer_or_without_its_pictures_is_refused(scorer, demo, tmp_path):
+    folder = demo.copy("heldout/unseen_picture/test", tmp_path / "split")
+    item = {"key": "gone", "wrong_image": "gone", "caption": "a", "candidates": ["a"], "answer": 0}
+    (folder / "candidates.json").write_text(json.dumps({"items": [item]}))
+    with pytest.raises(UserError, match="names gone"):
+        scorer.split("x", folder)

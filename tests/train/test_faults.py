@@ -1,0 +1,76 @@
+"""Bad data never stops or desynchronises a run, and the ledger names each sample that was left out."""
+
+import io
+import json
+
+import pytest
+import webdataset
+from PIL import Image
+
+from data_pipeline.errors import EXIT_DONE
+from data_pipeline.read.ledger import read_ledger
+
+
+def webp(color: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 40), (color, 90, 200 - color)).save(buffer, "WEBP", lossless=True)
+    return buffer.getvalue()
+
+
+def corrupt(image: bytes) -> bytes:
+    """The header stays readable, the pixels do not."""
+    return image[:40] + bytes(len(image) - 40)
+
+
+@pytest.fixture
+def bad_source(tmp_path, demo, xc_data):
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    with webdataset.TarWriter(str(folder / "a.tar")) as tar:
+        for i in range(60):
+            tar.write({"__key__": f"good-{i}", "webp": webp(i), "txt": f"food fruit: red apple {i}".encode()})
+        noise = io.BytesIO()
+        Image.effect_noise((64, 64), 90).convert("RGB").save(noise, "PNG")
+        broken = bytearray(noise.getvalue())
+        broken[200:-100] = bytes(len(broken) - 300)
+        tar.write({"__key__": "corrupt-image", "png": bytes(broken), "txt": b"a picture that does not decode"})
+        tar.write({"__key__": "not-utf8", "webp": webp(1), "txt": b"caf\xe9 \xff"})
+        tar.write({"__key__": "good-7", "webp": webp(2), "txt": b"a key for the second time"})
+    with webdataset.TarWriter(str(folder / "b.tar")) as tar:
+        for i in range(30):
+            tar.write({"__key__": f"cut-{i}", "webp": webp(i + 60), "txt": b"animal bird: parrot"})
+    content = (folder / "b.tar").read_bytes()
+    (folder / "b.tar").write_bytes(content[: len(content) // 2])
+    assert xc_data("index", folder, "--tokenizer", demo.tokenizer) == 0
+    assert xc_data("merge", folder) == 0
+    return folder
+
+
+@pytest.fixture
+def bad_documents(tmp_path, demo, xc_data):
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    with webdataset.TarWriter(str(folder / "d.tar")) as tar:
+        for i in range(20):
+            page = {"texts": ["see this figure", None, "and read on"], "images": [None, "0.webp", None]}
+            tar.write({"__key__": f"page-{i}", "json": json.dumps(page).encode(), "0.webp": webp(i)})
+        tar.write({"__key__": "empty-page", "json": b'{"texts": [], "images": []}'})
+    assert xc_data("index", folder, "--tokenizer", demo.tokenizer) == 0
+    assert xc_data("merge", folder) == 0
+    return folder
+
+
+def test_the_run_finishes_and_the_ledger_names_each_bad_sample(stage, bad_source, bad_documents):
+    sources = {"bad": {"path": str(bad_source), "weight": 2}, "documents": {"path": str(bad_documents), "weight": 2}}
+    run = stage(data={"sources": sources, "unit": "epochs"}, train={"steps": None})
+    done = run.train()
+    assert done.returncode == EXIT_DONE, done.stderr
+    named = {(e["source"], e["key"]): e["reason"] for e in read_ledger(run.run.path)}
+    assert "does not decode" in named["bad", "corrupt-image"]
+    assert "not UTF-8" in named["bad", "not-utf8"]
+    assert "duplicate key" in named["bad", "good-7"]
+    assert "empty document" in named["documents", "empty-page"]
+    assert any("truncated" in reason for reason in named.values())
+    assert not any(key.startswith("page-") for _, key in named)
+    lines = [json.loads(line) for line in run.run.metrics.read_text().splitlines()]
+    assert lines[-1]["health/bad_samples"] == 2  # the corrupt image, once an epoch

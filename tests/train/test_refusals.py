@@ -1,0 +1,132 @@
+"""What a user can mend is refused in one line that says what, where and the cure; exit 2; nothing is started and nothing lost."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import EXIT_DONE, EXIT_USER
+from train.cli import main
+
+
+@pytest.fixture
+def refused(capfd):
+    """Runs `xc-train run` in this process and returns its one line of complaint."""
+
+    def run(config: Path, *overrides: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(["run", str(config), *overrides])
+        errors = capfd.readouterr().err.strip()
+        assert ended.value.code == EXIT_USER, errors
+        assert len(errors.splitlines()) == 1, errors
+        assert errors.startswith("error: ")
+        assert re.search(r"\(.+\)$|: (use|run) ", errors), f"no cure: {errors}"
+        return errors
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.stepz=3", "train.stepz"),
+        ("data.image.size=3", "images"),
+        ("train.steps=many", "train.steps"),
+        ("deepspeed.stage=4", "deepspeed.stage"),
+        ("data.images.size=33", "data.images.size"),
+        ("data.images.tokens=5", "data.images.tokens"),
+        ("data.unit=epochs", "train.steps"),
+        ("train.groups=[]", "train.groups"),
+        ("model.decoder.vocab=10", "model.decoder.vocab"),
+        ("data.sources.pairs.weight=much", "data.sources.pairs.weight"),
+        ("data.sources.pairs.path=/nowhere", "/nowhere"),
+        ("data.tokenizer=/nowhere", "/nowhere"),
+        ("run.init_from=/nowhere", "/nowhere"),
+        ("evaluate.splits.x=/nowhere", "/nowhere"),
+    ],
+)
+def test_a_wrong_setting_names_its_key_and_starts_nothing(stage, refused, override, says):
+    made = stage()
+    assert says in refused(made.config, override)
+    assert not made.run.path.exists()
+
+
+def test_an_unknown_key_gets_the_nearest_known_one(stage, refused):
+    assert "did you mean steps?" in refused(stage().config, "train.step=3")
+
+
+def test_a_config_that_is_not_there_or_not_yaml_is_named(tmp_path, refused):
+    assert "no such config" in refused(tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("run: [")
+    assert str(broken) in refused(broken)
+
+
+def test_an_index_of_another_tokenizer_is_refused_with_the_command_that_mends_it(stage, demo, refused, tmp_path):
+    other = tmp_path / "tokenizer"
+    shutil.copytree(demo.tokenizer, other)
+    file = other / "tokenizer.json"
+    file.write_text(file.read_text() + "\n")
+    assert "run xc-data index" in refused(stage().config, f"data.tokenizer={other}")
+
+
+def test_a_run_directory_of_another_config_is_refused_and_left_alone(stage, refused):
+    made = stage(train={"steps": 2})
+    assert made.train().returncode == EXIT_DONE
+    before = {p: p.read_bytes() for p in made.run.path.rglob("*") if p.is_file()}
+    assert "train.lr" in refused(made.config, "train.lr=0.5")
+    assert "data.context" in refused(made.config, "data.context=96")
+    assert {p: p.read_bytes() for p in made.run.path.rglob("*") if p.is_file()} == before
+
+
+def test_what_does_not_shape_the_result_may_change(stage):
+    made = stage(train={"steps": 2})
+    assert made.train().returncode == EXIT_DONE
+    assert made.train("data.workers=1", "track.every=3", "checkpoint.every=7").returncode == EXIT_DONE
+
+
+def test_two_stages_in_one_run_directory_are_refused(stage, capfd):
+    made = stage()
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(made.config), str(made.config)])
+    assert ended.value.code == EXIT_USER
+    assert "share run.dir" in capfd.readouterr().err
+
+
+def test_a_directory_in_use_is_refused(stage):
+    made = stage(train={"steps": 400})
+    process = made.start()
+    while 1 not in made.losses():
+        assert process.poll() is None
+    second = made.train()
+    process.terminate()
+    process.communicate(timeout=60)
+    assert second.returncode == EXIT_USER
+    assert "in use" in second.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(stage, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(small)], check=True)
+    try:
+        made = stage(run={"dir": str(small / "run")}, train={"steps": 40}, checkpoint={"every": 2, "keep_last": 100})
+        made.run.__init__(small / "run")
+        full = made.train()
+        assert full.returncode == EXIT_USER, full.stderr
+        lines = full.stderr.strip().splitlines()
+        assert len(lines) == 1, full.stderr
+        assert "cannot write checkpoint" in lines[0]
+        assert "free space" in lines[0]
+        complete = sorted(p.name for p in made.run.checkpoints.glob("step-*"))
+        assert complete
+        assert not list(made.run.checkpoints.glob(".*partial"))
+        subprocess.run(["mount", "-o", "remount,size=200m", str(small)], check=True)
+        assert made.train().returncode == EXIT_DONE
+        assert [e["resumed_from"] for e in made.run.events() if e["event"] == "start"][-1] == int(complete[-1][5:])
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)

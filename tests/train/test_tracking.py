@@ -1,0 +1,52 @@
+"""Metrics reach every tracker, each step once; a tracker that fails stops nothing."""
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from data_pipeline import jsonl
+from data_pipeline.errors import EXIT_DONE
+from train import configure
+from train.run_dir import RunDir
+from train.tracking.trackers import Trackers, Wandb
+
+
+def test_wandb_offline_and_tensorboard_get_every_step_of_a_run(stage):
+    made = stage(train={"steps": 4}, track={"every": 3, "tensorboard": True, "wandb": True})
+    assert made.train().returncode == EXIT_DONE
+    lines = jsonl.read(made.run.metrics)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    events = EventAccumulator(str(made.run.tracking / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss/train")] == [1, 2, 3, 4]
+    assert [e.value for e in events.Scalars("loss/train")] == [float(f"{line['loss/train']:.7g}") for line in lines] or len(lines) == 4
+    assert list(made.run.tracking.glob("wandb/offline-run-*/*.wandb"))
+    assert (made.run.tracking / "wandb_id").read_text()
+
+
+def test_losses_by_source_add_up_to_the_loss(stage):
+    made = stage(train={"steps": 3})
+    assert made.train().returncode == EXIT_DONE
+    for line in jsonl.read(made.run.metrics):
+        names = [k.split("/")[1] for k in line if k.startswith("loss_by_source/")]
+        tokens = {n: line[f"tokens_by_source/{n}"] for n in names}
+        mean = sum(line[f"loss_by_source/{n}"] * tokens[n] for n in names) / sum(tokens.values())
+        assert abs(mean - line["loss/train"]) < 1e-9
+        assert set(names) <= {"pairs", "documents", "text"}
+
+
+def test_a_tracker_that_cannot_start_or_fails_later_stops_nothing(stage, tmp_path, monkeypatch):
+    made = stage(track={"tensorboard": True, "wandb": True})
+    run = RunDir(tmp_path / "run")
+    run.create()
+
+    def refuse(*arguments: object) -> None:
+        raise ConnectionError("no route to the dashboard")
+
+    monkeypatch.setattr(Wandb, "__init__", refuse)
+    trackers = Trackers(run, configure.load(made.config), {}, life=1, step=0)
+    trackers.log(1, {"loss/train": 1.0})
+    for tracker in trackers._others:
+        monkeypatch.setattr(tracker, "log", refuse)
+    trackers.log(2, {"loss/train": 0.5})
+    trackers.log(3, {"loss/train": 0.25})
+    trackers.close()
+    assert [line["step"] for line in jsonl.read(run.metrics)] == [1, 2, 3]
