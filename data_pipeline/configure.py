@@ -91,9 +91,9 @@ def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, DictCon
     except FileNotFoundError:
         raise UserError(f"no such config: {path} (the repository's own are in configs/)") from None
     except (OSError, ValueError, OmegaConfBaseException) as error:
-        raise UserError(f"{path} cannot be read: {_one_line(error)}") from None
+        raise UserError(f"{path} cannot be read: {_one_line(error)} (check its permissions and encoding)") from None
     except Exception as error:  # noqa: BLE001  yaml raises its own tree of errors, which OmegaConf does not wrap
-        raise UserError(f"{path} is not YAML: {_one_line(error)}") from None
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())} (mend that line)") from None
     if not isinstance(layer, DictConfig):
         raise UserError(f"{path} is not a mapping of sections (begin with `run:`)")
     base = layer.pop("base", None)
@@ -109,7 +109,7 @@ def _merge(schema: type, merged: DictConfig, layer: DictConfig, where: str) -> D
         key = str(error.full_key or error.key)
         raise UserError(f"{where}: unknown key {key}{_nearest(schema, key)}") from None
     except OmegaConfBaseException as error:
-        raise UserError(f"{where}: {error.full_key or 'value'}: {_one_line(error)}") from None
+        raise UserError(f"{where}: {error.full_key or 'value'}: {_one_line(error)} (give it another value)") from None
 
 
 def _check_sections(schema: type, layer: DictConfig, where: str, above: str = "") -> None:

@@ -78,7 +78,13 @@ def save(run: RunDir, engine: Engine, ranks: Ranks, state: TrainState, keep_last
 
 
 def find(run: RunDir, ranks: Ranks) -> Path | None:
-    """The newest complete checkpoint; rank 0 looks and tells the others, so that a file is hashed once."""
+    """The newest complete checkpoint; rank 0 looks and tells the others, so that a file is hashed once.
+
+    What an earlier life could not finish is removed.
+    """
+    if ranks.rank == 0:
+        for partial in run.checkpoints.glob(".*.partial"):
+            shutil.rmtree(partial)
     name = ranks.share(_newest_complete(run) if ranks.rank == 0 else None)
     return run.checkpoints / name if name else None
 
@@ -165,17 +171,15 @@ def _rng_state() -> dict[str, torch.Tensor]:
     return state
 
 
-def _is_storage_error(error: Exception) -> bool:
-    return (
-        isinstance(error, OSError)
-        or "PytorchStreamWriter" in str(error)
-        or "No space left" in str(error)
-        or "file write failed" in str(error)
-    )
+def _is_storage_error(error: BaseException | None) -> bool:
+    """Whether the file system refused. torch's writer has no errno: it is known by what it says, or by what came before it."""
+    if error is None:
+        return False
+    writer = any(sign in str(error) for sign in ("inline_container", "PytorchStreamWriter", "iostream error"))
+    return writer or isinstance(error, OSError) or _is_storage_error(error.__context__)
 
 
 def _storage_reason(run: RunDir, error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    free = shutil.disk_usage(run.path).free
-    return f"{free / 1e6:.0f} MB free" if free < 1 << 30 else str(error).splitlines()[0]
+    return f"the file system refused, {shutil.disk_usage(run.path).free / 1e6:.0f} MB are free"

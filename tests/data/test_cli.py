@@ -170,7 +170,7 @@ def test_stats_show_what_the_index_counted(demo, xc_data, capsys):
     assert re.search(r"samples kept +2,138 +of 2,138; 0\.00% left out", out)
     assert re.search(r"images +175 +a sample: median 1, p99 \d+, max 10", out)
     assert re.search(r"image size +72 x 72", out)
-    assert re.search(r"text tokens +42,287", out)
+    assert re.search(r"text tokens +22,602", out)
     assert "images a document" in out
     assert re.search(r"\n +1 +58 +[█#]{40} ", out), "the longest bar"
 
