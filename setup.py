@@ -33,6 +33,7 @@ setup(
         "dev": [
             "hypothesis>=6.100,<7",
             "import-linter>=2.1,<3",
+            "psutil>=5.9,<8",
             "pytest>=8,<10",
             "pytest-timeout>=2.3,<3",
             "ruff>=0.12,<1",

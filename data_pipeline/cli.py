@@ -74,6 +74,7 @@ _PREVIEW = "Writes one self-contained page: a bar a pack, each segment's images 
 
 
 def _index(args: argparse.Namespace) -> int:
+    from rich.console import Console
     from rich.progress import Progress
 
     from data_pipeline.samples import Kind
@@ -86,7 +87,8 @@ def _index(args: argparse.Namespace) -> int:
     kind = Kind(args.kind) if args.kind else find_kind(shards)
     mine = shards[number::count]
     work = partial(index_shard, index_dir=args.index_dir or args.source, kind=kind, tokenizer=tokenizer)
-    with Progress(transient=True) as progress, ProcessPoolExecutor(max(1, args.workers)) as pool:
+    bar = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    with bar as progress, ProcessPoolExecutor(max(1, args.workers)) as pool:
         results = pool.map(work, mine) if args.workers > 1 else map(work, mine)
         written = sum(progress.track(results, total=len(mine), description=f"index {args.source.name}"))
     guessed = "" if args.kind else " (guessed from the first sample)"

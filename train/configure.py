@@ -49,7 +49,7 @@ def read_resolved(run_dir: Path) -> Config:
 def shaping_difference(ours: Config, theirs: Config) -> str | None:
     """The first key that shapes the result and differs; cadence, logging, workers and the engine's stage may differ."""
     a, b = as_dict(ours), as_dict(theirs)
-    for path in ("run.stage", "run.seed", "run.init_from", "data", "model", "train"):
+    for path in ("run.stage", "run.seed", "run.init_from", "data", "model", "train", "deepspeed.extra"):
         found = _difference(_at(a, path), _at(b, path), path)
         if found:
             return found

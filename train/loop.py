@@ -27,6 +27,7 @@ from train.run_dir import RunDir
 from train.signals import StopRequest
 from train.tracking.reporter import Reporter
 from train.tracking.terminal import Terminal
+from train.tracking.trackers import Metrics
 from train.weights import final
 
 
@@ -121,24 +122,9 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
         totals = Counter(state.totals)
         totals.update({**counts._asdict(), "skipped": skipped})
         state = replace(state, step=step.step + 1, cursor=(step.cursor.window, step.cursor.pack), progress=progress, totals=dict(totals))
-        done = time.monotonic()
-        reporter.add(
-            state.step,
-            by_source,
-            {
-                "progress": progress,
-                "optim/lr": lr,
-                "optim/grad_norm": engine.grad_norm(),
-                "throughput/tokens_per_s": counts.tokens / (done - asked),
-                "throughput/step_s": done - asked,
-                "throughput/data_wait_share": (got - asked) / (done - asked),
-                "data/tokens": totals["tokens"],
-                "data/supervised_tokens": totals["supervised"],
-                "data/images": totals["images"],
-                "health/skipped_steps": totals["skipped"],
-                "health/bad_samples": totals["dropped"],
-            },
-        )
+        seconds = time.monotonic() - asked
+        about = {"progress": progress, "optim/lr": lr, "optim/grad_norm": engine.grad_norm()}
+        reporter.add(state.step, by_source, {**about, **_metrics(counts, totals, seconds, waited=got - asked)})
         saves = state.step % config.checkpoint.every == 0
         if saves or state.step % config.track.every == 0:
             reporter.flush()
@@ -190,6 +176,21 @@ def _resume(config: Config, run: RunDir, ranks: Ranks, device: Device, data: Dat
     checkpoint.require_same(state, start, folder)
     checkpoint.load(folder, engine, ranks)
     return state, True
+
+
+def _metrics(counts: Counts, totals: Counter[str], seconds: float, waited: float) -> Metrics:
+    """What the host knows of a step without asking the device; names are grouped by prefix for dashboards."""
+    return {
+        "throughput/tokens_per_s": counts.tokens / seconds,
+        "throughput/step_s": seconds,
+        "throughput/data_wait_share": waited / seconds,
+        "data/tokens": totals["tokens"],
+        "data/supervised_tokens": totals["supervised"],
+        "data/image_tokens": totals["image_tokens"],
+        "data/images": totals["images"],
+        "health/skipped_steps": totals["skipped"],
+        "health/bad_samples": totals["dropped"],
+    }
 
 
 def _progress(config: Config, step: StepData) -> float:

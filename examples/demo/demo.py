@@ -37,6 +37,9 @@ def main() -> int:
             code = run(["xc-data", *command], quiet=True)
             if code:
                 return code
+    code = run(["xc-data", "preview", "configs/demo/2_pretrain.yaml", "-o", str(RUNS / "preview.html")])
+    if code:
+        return code
     pretrain = RunDir(RUNS / "pretrain")
     if pretrain.life() == 0:
         show(TRAIN)

@@ -20,7 +20,7 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self._console.print(text, markup=False)
+        self._console.print(text, markup=False, soft_wrap=True)
 
     def show(self, step: int, progress: float, loss: float, tokens_per_s: float, skipped: int, dropped: int) -> None:
         """The state of the run now; the time left is judged by this life's own pace."""
