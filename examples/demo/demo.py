@@ -37,6 +37,7 @@ def main() -> int:
             code = run(["xc-data", *command], quiet=True)
             if code:
                 return code
+    RUNS.mkdir(parents=True, exist_ok=True)
     code = run(["xc-data", "preview", "configs/demo/2_pretrain.yaml", "-o", str(RUNS / "preview.html")])
     if code:
         return code
