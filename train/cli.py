@@ -63,7 +63,8 @@ with a checkpoint.
 Exit codes: 0 done; 1 crash; 2 your input, nothing was started or lost; 70 needs a person; 75 stopped, the same command goes on."""
 _EVALUATE = "Caption loss with the right image, a wrong one and none; retrieval among ten captions; greedy captions; text-only loss."
 _REPORT = "Collects metrics, stops, held-out figures and sample captions into one self-contained page."
-_PREPARE = "xc-train run does this by itself; installers call it so that the minute is paid where it is seen."
+_PREPARE = """Compiles DeepSpeed's CPU communication kernel, once an environment: about a minute, with g++ and ninja, no CUDA compiler.
+xc-train run does it where it is missing; installers call it so that the minute is paid where it is seen. Nothing to do on GPUs."""
 
 
 def _run(args: argparse.Namespace) -> int:

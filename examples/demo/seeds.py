@@ -25,7 +25,6 @@ def main(seeds: list[str]) -> None:
         for split in ("unseen_picture", "unseen_concept"):
             for figure in ("retrieval_of_10", "nll_right", "nll_wrong", "nll_language_model"):
                 row(f"{stage}, {split}", figure, [s["stages"][stage][split][figure] for s in summaries])
-    row("all stages", "train_seconds", [s["train_seconds"]["total"] for s in summaries])
 
 
 def train(seed: str) -> dict:

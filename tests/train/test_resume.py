@@ -96,7 +96,7 @@ def test_a_finished_run_is_passed_over_and_only_the_configured_checkpoints_stay(
 
 
 def test_ranks_end_when_their_launcher_is_killed(stage):
-    orphaned = stage(train={"steps": 400}, data={"workers": 1})
+    orphaned = stage(train={"steps": 1_000_000}, data={"workers": 1})
     process = orphaned.start()
     while 2 not in orphaned.losses():
         assert process.poll() is None
