@@ -198,7 +198,7 @@ class EvaluateConfig:
     text: str | None = None
     """Held-out plain-text source: what the decoder's language costs."""
     samples: int = 12
-    """Held-out pictures a split whose greedy captions are kept for the report: the first by key."""
+    """Held-out pictures a split whose greedy captions are kept for the report: the first by SHA-256 of the key."""
 
 
 @dataclass

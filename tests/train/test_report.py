@@ -298,7 +298,7 @@ def test_a_gallery_marks_right_and_wrong_captions(demo: Path) -> None:
     assert re.search(r'writes</dt><dd class="ok">a red fox', card)
     assert re.search(r'picks</dt><dd class="no">no', card)
     assert PIXEL in card
-    assert "The first 1 of the test half in order of key" in page
+    assert "The first 1 of the test half in order of the key's SHA-256" in page
 
 
 def test_retrieval_is_called_above_chance_only_where_it_can_be_told() -> None:
