@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument("--workers", type=int, default=1, metavar="N", help="shards at once (default 1)")
     index.add_argument("--task", default="0/1", metavar="I/N", help="only the I-th of N shares of the shards, I from 0: for job arrays")
     index.add_argument("--index-dir", type=Path, help="where the index goes if the shards' folder is read-only")
+    index.add_argument("--phash", action="store_true", help="decode the images and keep perceptual hashes, for select --unique near-image")
     index.set_defaults(run=_index)
 
     merge = commands.add_parser("merge", help="make an indexed source ready to train on", description=_MERGE)
@@ -67,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _INDEX = """Reads each tar once, in place, and writes NAME.index.parquet: every sample's place, lengths, image sizes, digest and, if it
-cannot be used, why. Atomic per shard and resumable: run it again and only what is missing or changed is done."""
+cannot be used, why. Atomic per shard and resumable: run it again and only what is missing or changed is done. --phash may come later:
+it changes no run, unless it finds pictures that do not decode."""
 _MERGE = "Joins the sidecars of a source into source.json and the columns that the plan reads. Run it after every index."
 _STATS = "Prints what the index knows: lengths, image sizes, images per document, tokens, damaged share. Opens no image."
 _PREVIEW = "Writes one self-contained page: a bar a pack, each segment's images and text in order, supervised words marked."
@@ -86,7 +88,7 @@ def _index(args: argparse.Namespace) -> int:
     shards = list_shards(args.source)
     kind = Kind(args.kind) if args.kind else find_kind(shards)
     mine = shards[number::count]
-    work = partial(index_shard, index_dir=args.index_dir or args.source, kind=kind, tokenizer=tokenizer)
+    work = partial(index_shard, index_dir=args.index_dir or args.source, kind=kind, tokenizer=tokenizer, phash=args.phash)
     bar = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
     with bar as progress, ProcessPoolExecutor(max(1, args.workers)) as pool:
         results = pool.map(work, mine) if args.workers > 1 else map(work, mine)
