@@ -26,6 +26,8 @@ class SourceConfig:
     """Folder that holds the `*.tar` shards."""
     index_dir: str | None = None
     """Folder of the index where the shards' own folder is read-only; beside the shards by default."""
+    selection: str | None = None
+    """Folder that `xc-data select` or `xc-data ledger` made of this source: only its samples are used. All usable ones by default."""
     weight: str = "1"
     """Share of this source in the mix, in `data.unit`; a decimal number, read exactly (0.1 is one tenth)."""
 

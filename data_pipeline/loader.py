@@ -92,7 +92,7 @@ def open_data(config: DataConfig, seed: int) -> Data:
     if not config.sources:
         raise UserError("data.sources is empty (name at least one source: {NAME: {path: FOLDER}})")
     tokenizer = Tokenizer(config.tokenizer)
-    sources = [ShardSource(name, source.path, source.index_dir) for name, source in config.sources.items()]
+    sources = [ShardSource(name, source.path, source.index_dir, source.selection) for name, source in config.sources.items()]
     for source in sources:
         source.require_tokenizer(tokenizer.digest)
     needed = config.images.tokens + templates.OVERHEAD

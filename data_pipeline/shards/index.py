@@ -36,7 +36,8 @@ _ELEMENT = pa.struct(
         ("phash", pa.uint64()),
     ]
 )
-"""What the plan needs (`plan.columns.ELEMENT`), then what curation compares; `phash` is null in texts, flat pictures and without --phash."""
+"""What the plan needs (`plan.columns.ELEMENT`), then what curation compares. `phash` is null for texts and flat pictures, and where it
+was not asked for."""
 _MEMBER = pa.struct([("extension", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 SCHEMA = pa.schema(
     [

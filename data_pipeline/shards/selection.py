@@ -126,7 +126,8 @@ def _write(source: PlanSource, rows: Iterable[np.ndarray], left_out: dict[str, i
         os.fsync(file.fileno())
     of = int(source.block_starts[-1])
     if not samples:
-        raise UserError(f"none of {of} samples is selected: {left_out} left out (loosen the criteria)")
+        by = ", ".join(f"{criterion} left out {count}" for criterion, count in left_out.items())
+        raise UserError(f"none of {of} samples is selected: {by} (loosen the criteria)")
     made = Selection(source.digest, digest.hexdigest(), made_by, samples, of, text_tokens, images, left_out)
     starts = np.concatenate([[0], np.cumsum(counts)]).astype("<i8")
     for name, content in (("blocks.bin", starts.tobytes()), (FILE, json.dumps(asdict(made), indent=1).encode())):
@@ -145,4 +146,3 @@ def _first_rows(source: PlanSource) -> np.ndarray:
         inside = starts[np.searchsorted(starts, first) : np.searchsorted(starts, first + len(kept))]
         found.append(kept[inside - first])
     return np.concatenate(found)
-

@@ -103,6 +103,18 @@ class ShardSource:
         path = self.path / self.facts.shards[shard]
         return Location(path, self.facts.shard_sizes[shard], int(record["offset"]), int(record["size"]), int(record["digest"]))
 
+    def row_at(self, shard: str, offset: int) -> int | None:
+        """The row that begins at this byte of a shard; None where no indexed sample does."""
+        if shard not in self.facts.shards:
+            return None
+        first, end = self.rows_of(self.facts.shards.index(shard))
+        found = np.flatnonzero(self._read("rows", first, end, ROW)["offset"] == offset)
+        return first + int(found[0]) if len(found) else None
+
+    def rows_of(self, shard: int) -> tuple[int, int]:
+        """The rows [first, end) of the shard with this number."""
+        return self.facts.shard_first_rows[shard], [*self.facts.shard_first_rows, self.facts.samples][shard + 1]
+
     def key(self, row: int) -> str:
         """Key of a sample, from the sidecar: for people and ledgers, not for the hot path."""
         shard = bisect.bisect_right(self.facts.shard_first_rows, row) - 1
