@@ -12,6 +12,7 @@ setup(
     package_data={"train.report": ["*.html"], "data_pipeline.inspect": ["*.html"]},
     install_requires=[
         "deepspeed>=0.19,<0.20",
+        "duckdb>=1.4,<2",
         "jinja2>=3.1,<4",
         "ninja>=1.11",  # DeepSpeed compiles its CPU communication kernel on first use
         "numpy>=1.26,<3",

@@ -4,13 +4,19 @@ Invariant: user errors end in one line on stderr and exit code 2; results go to 
 """
 
 import argparse
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from data_pipeline.errors import EXIT_DONE, TryAgainError, UserError
+from data_pipeline.errors import EXIT_DONE, EXIT_NEEDS_PERSON, TryAgainError, UserError
+from data_pipeline.shards import query
+
+if TYPE_CHECKING:
+    from data_pipeline.shards.selection import Selection
 
 
 def command_line(run: Callable[[], int]) -> int:
@@ -27,13 +33,14 @@ def command_line(run: Callable[[], int]) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     args = _parser().parse_args(argv)
+    args.command = shlex.join(["xc-data", *(sys.argv[1:] if argv is None else argv)])
     sys.exit(command_line(lambda: args.run(args)))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="xc-data",
-        description="Index WebDataset shards in place, look at them, and see the packs that a model will see.",
+        description="Index WebDataset shards in place, look at them, choose from them, and see the packs that a model will see.",
         epilog="A new source: xc-data index FOLDER --tokenizer T; xc-data merge FOLDER; xc-data stats FOLDER; then name it in a config.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -45,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument("--workers", type=int, default=1, metavar="N", help="shards at once (default 1)")
     index.add_argument("--task", default="0/1", metavar="I/N", help="only the I-th of N shares of the shards, I from 0: for job arrays")
     index.add_argument("--index-dir", type=Path, help="where the index goes if the shards' folder is read-only")
+    index.add_argument("--phash", action="store_true", help="decode the images and keep perceptual hashes, for select --unique near-image")
     index.set_defaults(run=_index)
 
     merge = commands.add_parser("merge", help="make an indexed source ready to train on", description=_MERGE)
@@ -57,6 +65,39 @@ def _parser() -> argparse.ArgumentParser:
     stats.add_argument("--index-dir", type=Path, help="where the index is, if not beside the shards (one source only)")
     stats.set_defaults(run=_stats)
 
+    verify = commands.add_parser("verify", help="read shards again and compare them with their index", description=_VERIFY)
+    verify.add_argument("source", type=Path, help="a merged source")
+    verify.add_argument("--sample", type=float, default=1.0, metavar="SHARE", help="share of each shard, drawn anew each time (default 1)")
+    verify.add_argument("--workers", type=int, default=1, metavar="N", help="shards at once (default 1)")
+    verify.add_argument("--task", default="0/1", metavar="I/N", help="only the I-th of N shares of the shards, I from 0: for job arrays")
+    verify.add_argument("--index-dir", type=Path, help="where the index is, if not beside the shards")
+    verify.set_defaults(run=_verify)
+
+    select = commands.add_parser(
+        "select",
+        help="choose samples by SQL over the index, and leave out duplicates",
+        description=_SELECT,
+        epilog=query.describe(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    select.add_argument("source", type=Path, help="a merged source")
+    select.add_argument("--where", default="true", metavar="SQL", help="condition on the columns below; all usable samples by default")
+    select.add_argument(
+        "--unique", default="", metavar="LIST", help=f"of {', '.join(query.UNIQUE)}: keep the first of samples that share it"
+    )
+    select.add_argument(
+        "--near-bits", type=int, default=query.NEAR_BITS, metavar="N", help="bits of 64 that near images may differ in (%(default)s)"
+    )
+    select.add_argument("--index-dir", type=Path, help="where the index is, if not beside the shards")
+    select.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="the selection; must not exist")
+    select.set_defaults(run=_select)
+
+    ledger = commands.add_parser("ledger", help="what a run had to leave out, and a selection without it", description=_LEDGER)
+    ledger.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory")
+    ledger.add_argument("--source", metavar="NAME", help="a source of the run's config: write a selection of it for the next run")
+    ledger.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="the selection; must not exist")
+    ledger.set_defaults(run=_ledger)
+
     preview = commands.add_parser("preview", help="a page that shows packs as the model will see them", description=_PREVIEW)
     preview.add_argument("config", type=Path, help="a stage's YAML; its `data` section is read")
     preview.add_argument("-o", "--output", type=Path, default=Path("preview.html"), help="the page (default preview.html)")
@@ -67,16 +108,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _INDEX = """Reads each tar once, in place, and writes NAME.index.parquet: every sample's place, lengths, image sizes, digest and, if it
-cannot be used, why. Atomic per shard and resumable: run it again and only what is missing or changed is done."""
+cannot be used, why. Atomic per shard and resumable: run it again and only what is missing or changed is done. --phash may come later:
+it changes no run, unless it finds pictures that do not decode."""
 _MERGE = "Joins the sidecars of a source into source.json and the columns that the plan reads. Run it after every index."
 _STATS = "Prints what the index knows: lengths, image sizes, images per document, tokens, damaged share. Opens no image."
+_VERIFY = """Reads samples as a training run does and compares their digests with the index. Names shard, key and bytes of each that is
+not what was indexed. Exits with 0 if all are, with 70 if not."""
+_SELECT = """Writes a selection: a small folder that a config names, and that a run then uses instead of the whole source. The index alone
+is read, with DuckDB; no tar is opened or rewritten. Damaged samples are never in it. Of samples that share what --unique names, the
+first in physical order stays; near-image needs an index made with --phash. A selection holds for one index of its source."""
+_LEDGER = """Prints what a run left out, by source and reason. With --source and -o, writes a selection of what the run used of that source
+without the samples that it dropped, to be named in the config of the next run."""
 _PREVIEW = "Writes one self-contained page: a bar a pack, each segment's images and text in order, supervised words marked."
 
 
 def _index(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import Progress
-
     from data_pipeline.samples import Kind
     from data_pipeline.shards.index import find_kind, index_shard, list_shards
     from data_pipeline.text.tokenizer import Tokenizer
@@ -86,16 +132,24 @@ def _index(args: argparse.Namespace) -> int:
     shards = list_shards(args.source)
     kind = Kind(args.kind) if args.kind else find_kind(shards)
     mine = shards[number::count]
-    work = partial(index_shard, index_dir=args.index_dir or args.source, kind=kind, tokenizer=tokenizer)
-    bar = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
-    with bar as progress, ProcessPoolExecutor(max(1, args.workers)) as pool:
-        results = pool.map(work, mine) if args.workers > 1 else map(work, mine)
-        written = sum(progress.track(results, total=len(mine), description=f"index {args.source.name}"))
+    work = partial(index_shard, index_dir=args.index_dir or args.source, kind=kind, tokenizer=tokenizer, phash=args.phash)
+    written = sum(_watched(work, mine, args.workers, f"index {args.source.name}"))
     guessed = "" if args.kind else " (guessed from the first sample)"
     done = f"{written} indexed, {len(mine) - written} up to date"
     print(f"{args.source}: {len(mine)} of {len(shards)} shards, kind {kind.value}{guessed}, {done}")
     print(f"next: xc-data merge {args.source}")
     return EXIT_DONE
+
+
+def _watched(work: Callable[[Any], Any], items: Sequence[Any], workers: int, what: str) -> Iterator[Any]:
+    """The results of `work` in order, from this process or several, behind a progress bar."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    bar = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    with bar as progress, ProcessPoolExecutor(max(1, workers)) as pool:
+        results = pool.map(work, items) if workers > 1 else map(work, items)
+        yield from progress.track(results, total=len(items), description=what)
 
 
 def _task(text: str) -> tuple[int, int]:
@@ -123,6 +177,50 @@ def _stats(args: argparse.Namespace) -> int:
         raise UserError("--index-dir names the index of one source (give one source)")
     for source in args.source:
         print_stats(source, args.index_dir)
+    return EXIT_DONE
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from data_pipeline.shards.source import ShardSource
+    from data_pipeline.shards.verify import Verified, print_verified, verify_shard
+
+    if not 0 < args.sample <= 1:
+        raise UserError(f"--sample {args.sample} is no share (give a number above 0 and at most 1)")
+    number, count = _task(args.task)
+    source = ShardSource(args.source.name, args.source, args.index_dir)
+    mine = range(len(source.facts.shards))[number::count]
+    found = Verified()
+    for part in _watched(partial(verify_shard, source=source, share=args.sample), mine, args.workers, f"verify {args.source.name}"):
+        found.add(part)
+    print_verified(args.source, len(mine), found)
+    return EXIT_NEEDS_PERSON if found.wrong else EXIT_DONE
+
+
+def _select(args: argparse.Namespace) -> int:
+    from data_pipeline.shards.select import select
+
+    unique = [u.strip() for u in args.unique.split(",") if u.strip()]
+    made = select(args.source, args.index_dir, args.where, unique, args.near_bits, args.command, args.output)
+    return _say_selection(args.source, made, args.output)
+
+
+def _ledger(args: argparse.Namespace) -> int:
+    from data_pipeline.inspect.ledger import print_ledger, select_without
+
+    if (args.source is None) != (args.output is None):
+        raise UserError("--source and -o go together (give both for a selection, none for the table)")
+    if args.source is None:
+        print_ledger(args.run_dir)
+        return EXIT_DONE
+    made = select_without(args.run_dir, args.source, args.command, args.output)
+    return _say_selection(args.source, made, args.output)
+
+
+def _say_selection(source: object, made: "Selection", folder: Path) -> int:
+    print(f"{source}: {made.samples} of {made.of} samples selected, {made.text_tokens} text tokens, {made.images} images")
+    for criterion, count in made.left_out.items():
+        print(f"  left out: {count} by {criterion}")
+    print(f"next: in a config, data.sources.NAME.selection: {folder}")
     return EXIT_DONE
 
 

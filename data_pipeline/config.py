@@ -19,6 +19,21 @@ class MixUnit(Enum):
 
 
 @dataclass
+class ErrorConfig:
+    """How much of a source a run may drop, because it cannot be read, before it stops with a checkpoint and exit code 70.
+
+    May be changed when a run goes on.
+    """
+
+    share: float = 0.01
+    """Largest share of dropped segments."""
+    segments: int = 10_000
+    """Stretch of the source's segments that `share` is counted over; each begins anew, and a run stops as soon as one is over it."""
+    total: int | None = None
+    """Largest number of dropped segments of the whole run; no limit by default."""
+
+
+@dataclass
 class SourceConfig:
     """One source: a folder of shards with one kind of sample."""
 
@@ -26,8 +41,12 @@ class SourceConfig:
     """Folder that holds the `*.tar` shards."""
     index_dir: str | None = None
     """Folder of the index where the shards' own folder is read-only; beside the shards by default."""
+    selection: str | None = None
+    """Folder that `xc-data select` or `xc-data ledger` made of this source: only its samples are used. All usable ones by default."""
     weight: str = "1"
     """Share of this source in the mix, in `data.unit`; a decimal number, read exactly (0.1 is one tenth)."""
+    errors: ErrorConfig = field(default_factory=ErrorConfig)
+    """Error budget."""
 
 
 @dataclass

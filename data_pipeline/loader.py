@@ -20,6 +20,7 @@ from data_pipeline.plan.balance import EMPTY, CostModel, assign, cost
 from data_pipeline.plan.columns import Budgets, ImagePolicy
 from data_pipeline.plan.plan import Cursor, Plan
 from data_pipeline.plan.split import Pieces
+from data_pipeline.read import budget
 from data_pipeline.read.ledger import BadEntry
 from data_pipeline.read.materialise import Materialiser
 from data_pipeline.shards.source import ShardSource
@@ -87,12 +88,13 @@ def open_data(config: DataConfig, seed: int) -> Data:
     """Opens sources and tokenizer and builds the plan.
 
     Raises:
-        UserError: a folder is missing, an index does not match, a weight is no number, a budget cannot hold a sample.
+        UserError: a folder is missing, an index does not match, a weight is no number, a budget cannot hold a sample or counts nothing.
     """
     if not config.sources:
         raise UserError("data.sources is empty (name at least one source: {NAME: {path: FOLDER}})")
+    budget.check({name: source.errors for name, source in config.sources.items()})
     tokenizer = Tokenizer(config.tokenizer)
-    sources = [ShardSource(name, source.path, source.index_dir) for name, source in config.sources.items()]
+    sources = [ShardSource(name, source.path, source.index_dir, source.selection) for name, source in config.sources.items()]
     for source in sources:
         source.require_tokenizer(tokenizer.digest)
     needed = config.images.tokens + templates.OVERHEAD

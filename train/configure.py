@@ -47,7 +47,7 @@ def read_resolved(run_dir: Path) -> Config:
 
 
 def shaping_difference(ours: Config, theirs: Config) -> str | None:
-    """The first key that shapes the result and differs; cadence, logging, workers and the engine's stage may differ."""
+    """The first key that shapes the result and differs; cadence, logging, workers, error budgets and the engine's stage may differ."""
     a, b = as_dict(ours), as_dict(theirs)
     for path in ("run.stage", "run.seed", "run.init_from", "data", "model", "train", "deepspeed.extra"):
         found = _difference(_at(a, path), _at(b, path), path)
@@ -65,7 +65,7 @@ def _at(tree: Any, path: str) -> Any:
 def _difference(a: Any, b: Any, path: str) -> str | None:
     if isinstance(a, dict) and isinstance(b, dict):
         for key in [*a, *(k for k in b if k not in a)]:
-            if path == "data" and key in ("workers", "prefetch"):
+            if (path == "data" and key in ("workers", "prefetch")) or (path.startswith("data.sources.") and key == "errors"):
                 continue
             found = _difference(a.get(key), b.get(key), f"{path}.{key}")
             if found:

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from data_pipeline.errors import EXIT_DONE, EXIT_TRY_AGAIN
+from data_pipeline.errors import EXIT_DONE, EXIT_NEEDS_PERSON, EXIT_TRY_AGAIN
 from data_pipeline.loader import Data, Loader, StepData, open_data
+from data_pipeline.read import budget
 from data_pipeline.read.ledger import Ledger, copy_index_damage
 from train import checkpoint, configure, optim
 from train.checkpoint import TrainState
@@ -94,14 +95,21 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
         pin=device.torch_device.type == "cuda",
     )
     ledger = Ledger(run.path, ranks.rank)
+    budgets = {name: source.errors for name, source in config.data.sources.items()}
     saved_step = state.step if resumed else None
     ending = Ending(EXIT_DONE, "done", state.step)
     asked = time.monotonic()
     for step in loader:
         if config.train.steps is not None and state.step >= config.train.steps:
             break
+        over = budget.overdrawn(state.totals, budgets)
+        if over:
+            cure = f"see xc-data ledger {run.path}; raise that to go on, or leave those samples out of a new run"
+            ending = Ending(EXIT_NEEDS_PERSON, f"{config.run.name}: stopped after step {state.step}: {over} ({cure})", state.step)
+            break
         got = time.monotonic()
-        counts = Counts(*ranks.agree(list(Counts.of(step, stop))))
+        agreed = ranks.agree([*Counts.of(step, stop), *budget.charges(step, list(budgets))])
+        counts, charges = Counts(*agreed[: len(Counts._fields)]), agreed[len(Counts._fields) :]
         if counts.stop:
             why = stop.reason() or "another rank was asked"
             ending = Ending(
@@ -119,7 +127,7 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
         skipped = engine.step(lr)
 
         ledger.write(step.step, step.bad)
-        totals = Counter(state.totals)
+        totals = Counter(budget.charged(state.totals, budgets, charges))
         totals.update({**counts._asdict(), "skipped": skipped})
         state = replace(state, step=step.step + 1, cursor=(step.cursor.window, step.cursor.pack), progress=progress, totals=dict(totals))
         seconds = time.monotonic() - asked

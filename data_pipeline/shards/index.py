@@ -18,15 +18,26 @@ import pyarrow.parquet as pq
 
 from data_pipeline.errors import TryAgainError, UserError
 from data_pipeline.samples import BadSample, Kind, TextElement, guess_kind, image_size, parse
+from data_pipeline.shards import fingerprint
 from data_pipeline.shards.tar import Damage, RawSample, walk
 from data_pipeline.text.tokenizer import Tokenizer
 
-VERSION = 1
+VERSION = 2
 SUFFIX = ".index.parquet"
 OK = "ok"
 DUPLICATE = "duplicate key"
 
-_ELEMENT = pa.struct([("tokens", pa.int32()), ("width", pa.uint16()), ("height", pa.uint16())])
+_ELEMENT = pa.struct(
+    [
+        ("tokens", pa.int32()),
+        ("width", pa.uint16()),
+        ("height", pa.uint16()),
+        ("digest", pa.binary(fingerprint.DIGEST_BYTES)),
+        ("phash", pa.uint64()),
+    ]
+)
+"""What the plan needs (`plan.columns.ELEMENT`), then what curation compares. `phash` is null for texts and flat pictures, and where it
+was not asked for."""
 _MEMBER = pa.struct([("extension", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 SCHEMA = pa.schema(
     [
@@ -83,8 +94,11 @@ def find_kind(shards: list[Path]) -> Kind:
     raise UserError(f"no usable sample in {shards[0].parent} (pairs need an image and .txt, documents .json, text .txt; see --kind)")
 
 
-def index_shard(shard: Path, index_dir: Path, kind: Kind, tokenizer: Tokenizer) -> bool:
+def index_shard(shard: Path, index_dir: Path, kind: Kind, tokenizer: Tokenizer, phash: bool = False) -> bool:
     """Writes the sidecar of one shard; returns False where a sidecar that still holds was found.
+
+    With `phash`, pictures are decoded and their perceptual hashes kept, and those that do not decode are damage. A sidecar that has
+    the hashes holds also where they are not asked for.
 
     Raises:
         UserError: the index folder cannot be written.
@@ -93,13 +107,15 @@ def index_shard(shard: Path, index_dir: Path, kind: Kind, tokenizer: Tokenizer) 
     target = sidecar_path(shard, index_dir)
     try:
         facts = _facts(shard, kind, tokenizer)
-        if target.exists() and _same(read_facts(target), facts):
+        found = read_facts(target) if target.exists() else {}
+        if _same(found, facts) and (found["phash"] or not phash):
             return False
-        table = pa.Table.from_pylist(list(_rows(shard, kind, tokenizer)), schema=SCHEMA)
+        table = pa.Table.from_pylist(list(_rows(shard, kind, tokenizer, phash)), schema=SCHEMA)
     except OSError as error:
         raise TryAgainError(
             f"cannot read {shard}: {error.strerror} (mend the file system or its rights, then run the same again)"
         ) from None
+    facts["phash"] = phash
     facts["digest"] = _content_digest(table)
     table = table.replace_schema_metadata({"facts": json.dumps(facts)})
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
@@ -162,15 +178,16 @@ def _same(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
 
 
 def _content_digest(table: pa.Table) -> str:
-    """Digest of what was found, free of paths and times, so that a copied shard is the same shard."""
+    """Digest of what a plan depends on, free of paths and times, so that a copied shard is the same shard."""
     digest = hashlib.sha256()
     for row in table.select(["key", "offset", "size", "digest", "elements", "status"]).to_pylist():
         row["digest"] = row["digest"].hex()
+        row["elements"] = [{name: e[name] for name in ("tokens", "width", "height")} for e in row["elements"]]
         digest.update(json.dumps(row, sort_keys=True).encode())
     return digest.hexdigest()
 
 
-def _rows(shard: Path, kind: Kind, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+def _rows(shard: Path, kind: Kind, tokenizer: Tokenizer, phash: bool) -> Iterator[dict[str, Any]]:
     seen: set[str] = set()
     with shard.open("rb") as file:
         for sample in walk(shard):
@@ -179,14 +196,14 @@ def _rows(shard: Path, kind: Kind, tokenizer: Tokenizer) -> Iterator[dict[str, A
                 continue
             file.seek(sample.offset)
             data = file.read(sample.end - sample.offset)
-            elements: list[dict[str, int]] = []
+            elements: list[dict[str, Any]] = []
             status = OK
             if sample.key in seen:
                 status = DUPLICATE
             else:
                 seen.add(sample.key)
                 try:
-                    elements = _elements(kind, sample, data, tokenizer)
+                    elements = _elements(kind, sample, data, tokenizer, phash)
                 except BadSample as error:
                     status = str(error)
             members = [{"extension": e, "offset": o, "size": s} for e, o, s in sample.members]
@@ -206,14 +223,17 @@ def _row(key: str, offset: int, size: int, members: list[Any], elements: list[An
     }
 
 
-def _elements(kind: Kind, sample: RawSample, data: bytes, tokenizer: Tokenizer) -> list[dict[str, int]]:
-    """Length of each text element, size of each image; each text is tokenised alone, so that lengths add up."""
+def _elements(kind: Kind, sample: RawSample, data: bytes, tokenizer: Tokenizer, phash: bool) -> list[dict[str, Any]]:
+    """Length of each text element, size of each image, and their fingerprints; each text is tokenised alone, so that lengths add up."""
     members = {e: data[o - sample.offset : o - sample.offset + s] for e, o, s in sample.members}
     found = []
     for element in parse(kind, members):
         if isinstance(element, TextElement):
-            found.append({"tokens": len(tokenizer.encode(element.text)), "width": 0, "height": 0})
+            tokens = len(tokenizer.encode(element.text))
+            found.append({"tokens": tokens, "width": 0, "height": 0, "digest": fingerprint.text_digest(element.text)})
         else:
             width, height = image_size(element.data)
-            found.append({"tokens": 0, "width": width, "height": height})
+            looks = fingerprint.phash(element.data) if phash else None
+            digest = fingerprint.image_digest(element.data)
+            found.append({"tokens": 0, "width": width, "height": height, "digest": digest, "phash": looks})
     return found

@@ -73,13 +73,18 @@ def merge(source: Path, index_dir: Path) -> SourceFacts:
     for key in ("kind", "tokenizer"):
         if len({i.facts[key] for i in indexes}) > 1:
             raise UserError(f"the shards of {source} were indexed with different values of {key} (run xc-data index again for all)")
-    digest = hashlib.sha256(json.dumps([[i.facts["shard"], i.facts["digest"]] for i in indexes]).encode()).hexdigest()
+    digest = source_digest([i.facts for i in indexes])
     folder = index_dir / f"columns-{digest[:16]}"
     try:
         facts = _write(indexes, index_dir, folder, digest)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror} (free space, or choose another folder: --index-dir)") from None
     return facts
+
+
+def source_digest(facts: list[dict[str, Any]]) -> str:
+    """Digest of a source, from what its sidecars say of themselves, in the order of the shards."""
+    return hashlib.sha256(json.dumps([[f["shard"], f["digest"]] for f in facts]).encode()).hexdigest()
 
 
 def _write(indexes: list[ShardIndex], index_dir: Path, folder: Path, digest: str) -> SourceFacts:

@@ -4,9 +4,11 @@ Invariant: opening a source costs the same whatever its size; only `source.json`
 """
 
 import bisect
+import hashlib
 import json
 import os
 from dataclasses import dataclass, fields
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import numpy as np
 from data_pipeline.errors import UserError
 from data_pipeline.plan.columns import ELEMENT
 from data_pipeline.samples import Kind
+from data_pipeline.shards import selection as selections
 from data_pipeline.shards.index import read_index, sidecar_path
 from data_pipeline.shards.merge import ROW, SOURCE_FILE, VERSION, SourceFacts
 
@@ -34,11 +37,11 @@ class Location:
 class ShardSource:
     """A merged source; satisfies `data_pipeline.plan.columns.PlanSource`. Cheap to pickle: columns are opened on first use."""
 
-    def __init__(self, name: str, path: str | Path, index_dir: str | Path | None = None) -> None:
-        """Opens the source in `path`, its index beside the shards or in `index_dir`.
+    def __init__(self, name: str, path: str | Path, index_dir: str | Path | None = None, selection: str | Path | None = None) -> None:
+        """Opens the source in `path`, its index beside the shards or in `index_dir`; all its usable samples, or those of a selection.
 
         Raises:
-            UserError: no such folder, or not indexed and merged.
+            UserError: no such folder, or not indexed and merged; no such selection, or one of another index.
         """
         self.name = name
         self.path = Path(path)
@@ -51,7 +54,13 @@ class ShardSource:
         self.text_tokens = self.facts.text_tokens
         self.images = self.facts.images
         self._files: dict[str, int] = {}
-        self.block_starts = np.frombuffer((self._columns / "blocks.bin").read_bytes(), "<i8")
+        self._kept = self._columns
+        if selection:
+            self._kept = Path(selection)
+            chosen = selections.read(self._kept, self.facts.digest, f"data.sources.{name}.selection")
+            self.digest = hashlib.sha256(f"{self.facts.digest} {chosen.digest}".encode()).hexdigest()
+            self.text_tokens, self.images = chosen.text_tokens, chosen.images
+        self.block_starts = np.frombuffer((self._kept / "blocks.bin").read_bytes(), "<i8")
 
     def require_tokenizer(self, digest: str) -> None:
         """Refuses a tokenizer that is not the index's.
@@ -68,31 +77,43 @@ class ShardSource:
 
     def kept(self, first: int, last: int) -> np.ndarray:
         """Rows of the kept ordinals [first, last), int64, ascending."""
-        return self._read("kept", first, last - first, np.dtype("<i8"))
+        return self._read("kept", first, last, np.dtype("<i8"))
 
     def elements(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Element counts int64 [n] of `rows` and their ELEMENT records, concatenated in that order."""
         if not len(rows):
             return np.zeros(0, np.int64), np.zeros(0, ELEMENT)
-        order = np.argsort(rows, kind="stable")
-        counts, begins = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
-        parts, read = [], 0
-        for run in np.split(order, np.flatnonzero(np.diff(rows[order]) > _RUN_GAP) + 1):
-            first, last = int(rows[run[0]]), int(rows[run[-1]]) + 1
-            starts = self._element_starts(first, last)
-            parts.append(self._read("elements", starts[0], starts[-1] - starts[0], ELEMENT))
-            counts[run] = np.diff(starts)[rows[run] - first]
-            begins[run] = starts[rows[run] - first] - starts[0] + read
-            read += len(parts[-1])
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        return counts, np.concatenate(parts)[np.repeat(begins, counts) + within]
+        distinct, place = np.unique(rows, return_inverse=True)
+        borders = np.flatnonzero(np.diff(distinct) > _RUN_GAP) + 1
+        firsts, ends = distinct[np.append(0, borders)], distinct[np.append(borders, len(distinct)) - 1] + 1
+        starts = self._element_starts(firsts, ends)
+        run_starts = _begins(ends - firsts + 1)  # a run of n rows has n + 1 borders of elements
+        element_firsts, element_ends = starts[run_starts], starts[run_starts + ends - firsts]
+        records = self._read_runs("elements", element_firsts, element_ends, ELEMENT)
+        run = np.repeat(np.arange(len(firsts)), np.diff(borders, prepend=0, append=len(distinct)))
+        at = run_starts[run] + distinct - firsts[run]
+        begins = starts[at] + (_begins(element_ends - element_firsts) - element_firsts)[run]
+        counts, begins = np.diff(starts)[at][place], begins[place]
+        return counts, records[np.repeat(begins - _begins(counts), counts) + np.arange(counts.sum())]
 
     def locate(self, row: int) -> Location:
         """Where the bytes of a sample lie."""
-        record = self._read("rows", row, 1, ROW)[0]
+        record = self._read("rows", row, row + 1, ROW)[0]
         shard = int(record["shard"])
         path = self.path / self.facts.shards[shard]
         return Location(path, self.facts.shard_sizes[shard], int(record["offset"]), int(record["size"]), int(record["digest"]))
+
+    def row_at(self, shard: str, offset: int) -> int | None:
+        """The row that begins at this byte of a shard; None where no indexed sample does."""
+        if shard not in self.facts.shards:
+            return None
+        first, end = self.rows_of(self.facts.shards.index(shard))
+        found = np.flatnonzero(self._read("rows", first, end, ROW)["offset"] == offset)
+        return first + int(found[0]) if len(found) else None
+
+    def rows_of(self, shard: int) -> tuple[int, int]:
+        """The rows [first, end) of the shard with this number."""
+        return self.facts.shard_first_rows[shard], [*self.facts.shard_first_rows, self.facts.samples][shard + 1]
 
     def key(self, row: int) -> str:
         """Key of a sample, from the sidecar: for people and ledgers, not for the hot path."""
@@ -127,18 +148,35 @@ class ShardSource:
             raise UserError(f"source {self.name}: {file} is of another version ({cure})")
         return SourceFacts(**raw)
 
-    def _element_starts(self, first: int, last: int) -> np.ndarray:
-        starts = self._read("rows", first, min(last + 1, self.facts.samples) - first, ROW)["first_element"].astype(np.int64)
-        return starts if last < self.facts.samples else np.append(starts, self.facts.elements)
+    def _element_starts(self, firsts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """First elements of the rows [first, end] of each run, the end's own included: where the one before stops."""
+        starts = self._read_runs("rows", firsts, np.minimum(ends + 1, self.facts.samples), ROW)["first_element"].astype(np.int64)
+        return starts if ends[-1] < self.facts.samples else np.append(starts, self.facts.elements)
 
-    def _read(self, column: str, first: int, count: int, dtype: np.dtype) -> np.ndarray:
-        if column not in self._files:
-            self._files[column] = os.open(self._columns / f"{column}.bin", os.O_RDONLY)
-        size = int(count) * dtype.itemsize
-        data = os.pread(self._files[column], size, int(first) * dtype.itemsize)
-        if len(data) != size:
-            raise UserError(f"source {self.name}: {self._columns / column}.bin is cut short (run: xc-data merge {self.path})")
+    def _read(self, column: str, first: int, end: int, dtype: np.dtype) -> np.ndarray:
+        size = (end - first) * dtype.itemsize
+        data = os.pread(self._file(column), size, first * dtype.itemsize)
+        self._require(column, len(data) == size)
         return np.frombuffer(data, dtype)
+
+    def _read_runs(self, column: str, firsts: np.ndarray, ends: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """The items [first, end) of each run, concatenated: one `pread` a run."""
+        sizes, offsets = (ends - firsts) * dtype.itemsize, firsts * dtype.itemsize
+        data = b"".join(map(os.pread, repeat(self._file(column)), sizes.tolist(), offsets.tolist()))
+        self._require(column, len(data) == sizes.sum())
+        return np.frombuffer(data, dtype)
+
+    def _file(self, column: str) -> int:
+        if column not in self._files:
+            self._files[column] = os.open(self._column(column), os.O_RDONLY)
+        return self._files[column]
+
+    def _column(self, column: str) -> Path:
+        return (self._kept if column == "kept" else self._columns) / f"{column}.bin"
+
+    def _require(self, column: str, whole: bool) -> None:
+        if not whole:
+            raise UserError(f"source {self.name}: {self._column(column)} is cut short (run: xc-data merge {self.path})")
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_files": {}}
@@ -150,3 +188,8 @@ class ShardSource:
 
 _RUN_GAP = 64
 """Rows closer than this are read in one `pread`: a gap of 64 rows costs less than a system call."""
+
+
+def _begins(lengths: np.ndarray) -> np.ndarray:
+    """Where each of parts of these lengths begins once they are joined."""
+    return np.cumsum(lengths) - lengths

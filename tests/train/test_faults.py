@@ -7,7 +7,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data_pipeline.errors import EXIT_DONE
+from data_pipeline.config import ErrorConfig
+from data_pipeline.errors import EXIT_DONE, EXIT_NEEDS_PERSON
+from data_pipeline.read.budget import overdrawn
 from data_pipeline.read.ledger import read_ledger
 
 
@@ -69,3 +71,43 @@ def test_the_run_finishes_and_the_ledger_names_each_bad_sample(stage, bad_source
     assert not any(key.startswith("page-") for _, key in named)
     lines = [json.loads(line) for line in run.run.metrics.read_text().splitlines()]
     assert lines[-1]["health/bad_samples"] == 2  # the corrupt image, once an epoch
+
+
+@pytest.fixture
+def rotten_source(tmp_path, demo, xc_data):
+    """Every fourth picture does not decode, which its header does not tell."""
+    folder = tmp_path / "rotten"
+    folder.mkdir()
+    with webdataset.TarWriter(str(folder / "a.tar")) as tar:
+        for i in range(200):
+            picture = webp(i)
+            tar.write({"__key__": f"k{i}", "webp": picture if i % 4 else picture[:40] + b"\xff" * 40, "txt": b"animal bird: parrot"})
+    assert xc_data("index", folder, "--tokenizer", demo.tokenizer) == 0
+    assert xc_data("merge", folder) == 0
+    return folder
+
+
+def test_a_source_over_its_error_budget_stops_all_ranks_at_one_step_with_a_checkpoint(stage, demo, rotten_source):
+    sources = {"rotten": {"path": str(rotten_source)}, "text": {"path": str(demo.source("text"))}}
+    run = stage(data={"sources": sources}, train={"steps": 8})
+    errors = "data.sources.rotten.errors"
+    stopped = run.train(f"{errors}.share=0.1", f"{errors}.segments=100")
+    assert stopped.returncode == EXIT_NEEDS_PERSON, stopped.stderr
+    (line,) = stopped.stderr.strip().splitlines()
+    assert f"source rotten could not be used, more than {errors}.share = 0.1 of 100" in line
+    assert "xc-data ledger" in line
+    step = run.run.read_outcome()["step"]
+    assert 0 < step < 8
+    assert f"stopped after step {step}" in line
+    dropped = [e for e in read_ledger(run.run.path) if "step" in e]
+    assert len(dropped) > 10
+    assert max(e["step"] for e in dropped) == step - 1, "the step that was one too many is in the ledger"
+    assert sum(e["step"] < step - 1 for e in dropped) <= 10, "and it is the first that was"
+    state = json.loads((run.run.checkpoints / f"step-{step:08d}" / "state.json").read_text())
+    assert state["totals"]["source/rotten/dropped"] == state["totals"]["dropped"] == len(dropped)
+    assert state["totals"]["source/text/dropped"] == 0
+
+    counts = {"rotten": ErrorConfig(share=0.1, segments=100)}
+    assert overdrawn(state["totals"], counts), "so that the same command would stop at once"
+    assert run.train(f"{errors}.share=1").returncode == EXIT_DONE, "a budget may be raised"
+    assert sorted(run.losses()) == [1, 2, 3, 4, 5, 6, 7, 8]
