@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("config", type=Path, help="a stage's YAML; its `data` section is read")
     preview.add_argument("-o", "--output", type=Path, default=Path("preview.html"), help="the page (default preview.html)")
     preview.add_argument("--packs", type=int, default=8, help="packs shown, from the start of the run (default 8)")
+    preview.add_argument("--key", metavar="KEY", help="show the pack in which this sample is first drawn instead")
     preview.add_argument("overrides", nargs="*", help="key=value in the data section, such as data.context=512")
     preview.set_defaults(run=_preview)
     return parser
@@ -129,7 +130,7 @@ def _stats(args: argparse.Namespace) -> int:
 def _preview(args: argparse.Namespace) -> int:
     from data_pipeline.inspect.preview import write_preview
 
-    write_preview(args.config, args.overrides, args.packs, args.output)
+    write_preview(args.config, args.overrides, args.packs, args.key, args.output)
     print(f"open {args.output.resolve()}")
     return EXIT_DONE
 
