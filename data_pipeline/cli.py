@@ -64,6 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--key", metavar="KEY", help="show the pack in which this sample is first drawn instead")
     preview.add_argument("overrides", nargs="*", help="key=value in the data section, such as data.context=512")
     preview.set_defaults(run=_preview)
+
+    replay = commands.add_parser("replay", help="the exact batches of a step of a run", description=_REPLAY)
+    replay.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory")
+    replay.add_argument("--step", type=int, required=True, metavar="N", help="as in metrics.jsonl and on the progress line; the first is 1")
+    replay.add_argument("--rank", type=int, metavar="R", help="only what this rank ran (default: all ranks)")
+    replay.add_argument("-o", "--output", type=Path, help="also write the page of these packs, as xc-data preview does")
+    replay.set_defaults(run=_replay)
     return parser
 
 
@@ -72,6 +79,9 @@ cannot be used, why. Atomic per shard and resumable: run it again and only what 
 _MERGE = "Joins the sidecars of a source into source.json and the columns that the plan reads. Run it after every index."
 _STATS = "Prints what the index knows: lengths, image sizes, images per document, tokens, damaged share. Opens no image."
 _PREVIEW = "Writes one self-contained page: a bar a pack, each segment's images and text in order, supervised words marked."
+
+_REPLAY = """Builds a step's batches again from the run's config and the plan: each segment with its key, shard, rank and micro-step,
+and what was dropped and why. What was in the spike? Refuses where the data was indexed anew since; needs the shards."""
 
 
 def _index(args: argparse.Namespace) -> int:
@@ -132,6 +142,15 @@ def _preview(args: argparse.Namespace) -> int:
 
     write_preview(args.config, args.overrides, args.packs, args.key, args.output)
     print(f"open {args.output.resolve()}")
+    return EXIT_DONE
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from data_pipeline.inspect.replay import replay
+
+    replay(args.run_dir, args.step, args.rank, args.output)
+    if args.output:
+        print(f"open {args.output.resolve()}")
     return EXIT_DONE
 
 

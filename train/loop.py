@@ -6,7 +6,7 @@ state that is saved is that of the last step that was done.
 
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -79,7 +79,9 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
     if ranks.rank == 0:
         begins = f"resumed from step {state.step}" if resumed else "started"
         about = f"{config.run.name}: {begins}, {ranks.world} ranks, ZeRO-{config.deepspeed.stage}, {device.dtype} ({device.reason})"
-        life = run.begin_life(state.step if resumed else None, ranks.world, device.torch_device.type)
+        life = run.begin_life(
+            state.step if resumed else None, ranks.world, device.torch_device.type, data.plan.digest, asdict(cost_model(config))
+        )
         reporter.begin(life, state.step, configure.as_dict(config), [optim.table(trained, frozen, config.train.lr), about])
 
     loader = Loader(
@@ -121,9 +123,10 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
         ledger.write(step.step, step.bad)
         totals = Counter(state.totals)
         totals.update({**counts._asdict(), "skipped": skipped})
+        about = {"progress": progress, "optim/lr": lr, "optim/grad_norm": engine.grad_norm()}
+        about |= {"data/window": state.cursor[0], "data/pack": state.cursor[1]}  # where this step began: `xc-data replay` reads them
         state = replace(state, step=step.step + 1, cursor=(step.cursor.window, step.cursor.pack), progress=progress, totals=dict(totals))
         seconds = time.monotonic() - asked
-        about = {"progress": progress, "optim/lr": lr, "optim/grad_norm": engine.grad_norm()}
         reporter.add(state.step, by_source, {**about, **_metrics(counts, totals, seconds, waited=got - asked)})
         saves = state.step % config.checkpoint.every == 0
         if saves or state.step % config.track.every == 0:

@@ -22,6 +22,7 @@ from data_pipeline.read.materialise import Materialiser
 from data_pipeline.shards.source import ShardSource
 from data_pipeline.text.tokenizer import Tokenizer
 
+
 @dataclass(frozen=True)
 class Part:
     """A run of a segment's tokens that are shown alike."""
@@ -88,17 +89,17 @@ def walk(plan: Plan, cursor: Cursor) -> Iterator[tuple[Cursor, Pieces]]:
 
 
 class Viewer:
-    """Turns planned packs into views; remembers the keys of the shards that it met."""
+    """Turns planned packs into views; remembers the keys of the shards that it met. Without `pictures`, images have no pixels."""
 
-    def __init__(self, materialiser: Materialiser) -> None:
-        self._materialiser = materialiser
+    def __init__(self, materialiser: Materialiser, pictures: bool = True) -> None:
+        self._materialiser, self._pictures = materialiser, pictures
         self._keys: dict[tuple[int, int], pa.ChunkedArray] = {}
 
     def view(self, packs: Sequence[Pieces], at: Sequence[Cursor], place: str = "") -> tuple[PackedBatch, list[PackView]]:
         """The packs of one micro-batch as the batch that the model gets, and as cards; `at` says where each lies in the plan."""
         found = [self._materialiser.segments(pieces) for pieces in packs]
         batch = self._materialiser.assemble([f for outcomes in found for f in outcomes if isinstance(f, Segment)])
-        shown = iter(_segment_parts(batch, self._materialiser.tokenizer))
+        shown = iter(_segment_parts(batch, self._materialiser.tokenizer, self._pictures))
         views = []
         for cursor, pieces, outcomes in zip(at, packs, found, strict=True):
             cards = []
@@ -153,7 +154,7 @@ def _note(pieces: Pieces, i: int) -> str:
     return f"a part: {begins} to " + (f"{ends}, the sample's end" if pieces.last[i] else ends)
 
 
-def _segment_parts(batch: PackedBatch, tokenizer: Tokenizer) -> list[list[Part]]:
+def _segment_parts(batch: PackedBatch, tokenizer: Tokenizer, pictures: bool) -> list[list[Part]]:
     """What each segment of the batch shows, padding left out."""
     ids = batch.input_ids.tolist()
     predicted = {p + 1 for p in batch.target_index[: batch.supervised].tolist()}
@@ -165,7 +166,8 @@ def _segment_parts(batch: PackedBatch, tokenizer: Tokenizer) -> list[list[Part]]
     for i in range(len(borders) - 2):
         positions = range(borders[i], borders[i + 1])
         marks = [_mark(p, ids[p], p in predicted, image_at, tokenizer) for p in positions]
-        segments.append([_part(run, [ids[p] for p in run], mark, batch.images, tokenizer) for run, mark in _runs(positions, marks)])
+        images = batch.images if pictures else None
+        segments.append([_part(run, [ids[p] for p in run], mark, images, tokenizer) for run, mark in _runs(positions, marks)])
     return segments
 
 
@@ -190,10 +192,10 @@ def _runs(positions: Sequence[int], marks: Sequence[Mark]) -> Iterator[tuple[lis
             run = []
 
 
-def _part(run: Sequence[int], ids: list[int], mark: Mark, images: Tensor, tokenizer: Tokenizer) -> Part:
+def _part(run: Sequence[int], ids: list[int], mark: Mark, images: Tensor | None, tokenizer: Tokenizer) -> Part:
     kind, supervised, number = mark
     if kind == "image":
-        return Part(kind, supervised, _data_uri(images[number]), len(run))
+        return Part(kind, supervised, "" if images is None else _data_uri(images[number]), len(run))
     return Part(kind, supervised, tokenizer.special[ids[0]] if kind == "special" else tokenizer.decode(ids), len(run))
 
 
