@@ -26,7 +26,12 @@ def command_line(run: Callable[[], int]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    args = _parser().parse_args(argv)
+    args, rest = _parser().parse_known_args(argv)
+    if hasattr(args, "overrides"):  # argparse leaves what comes after an option
+        args.overrides += [r for r in rest if not r.startswith("-")]
+        rest = [r for r in rest if r.startswith("-")]
+    if rest:
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     sys.exit(command_line(lambda: args.run(args)))
 
 
@@ -71,6 +76,15 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--rank", type=int, metavar="R", help="only what this rank ran (default: all ranks)")
     replay.add_argument("-o", "--output", type=Path, help="also write the page of these packs, as xc-data preview does")
     replay.set_defaults(run=_replay)
+
+    simulate = commands.add_parser("simulate", help="what a run would do to its ranks and disks", description=_SIMULATE)
+    simulate.add_argument("config", type=Path, help="a stage's YAML; its `data` section is read")
+    simulate.add_argument("--world", type=int, required=True, metavar="N", help="data-parallel ranks")
+    simulate.add_argument("--steps", type=int, metavar="K", help="steps from the start of the run (default 1000, or to the run's end)")
+    simulate.add_argument("--cost", metavar="T,P,I", help="costs of a token, a pair of tokens of a segment, an image (default: the 7B's)")
+    simulate.add_argument("-o", "--output", type=Path, help="also write a page with curves over steps")
+    simulate.add_argument("overrides", nargs="*", help="key=value in the data section, such as data.global_batch=512")
+    simulate.set_defaults(run=_simulate)
     return parser
 
 
@@ -82,6 +96,9 @@ _PREVIEW = "Writes one self-contained page: a bar a pack, each segment's images 
 
 _REPLAY = """Builds a step's batches again from the run's config and the plan: each segment with its key, shard, rank and micro-step,
 and what was dropped and why. What was in the spike? Refuses where the data was indexed anew since; needs the shards."""
+
+_SIMULATE = """Walks the plan from the index alone, no shard opened: fill, balance over ranks, image tokens, epochs by source, shuffle
+quality, bytes and shards a step, steps of the run. Try world sizes, windows and mixes here before a job costs anything."""
 
 
 def _index(args: argparse.Namespace) -> int:
@@ -149,6 +166,17 @@ def _replay(args: argparse.Namespace) -> int:
     from data_pipeline.inspect.replay import replay
 
     replay(args.run_dir, args.step, args.rank, args.output)
+    if args.output:
+        print(f"open {args.output.resolve()}")
+    return EXIT_DONE
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    from data_pipeline.inspect.simulate import simulate
+    from data_pipeline.inspect.simulated import show
+
+    found = simulate(args.config, args.overrides, args.world, args.steps, args.cost)
+    show(found, args.config.name, args.output)
     if args.output:
         print(f"open {args.output.resolve()}")
     return EXIT_DONE

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from chromium import browser
 from demo_data import same_batch
 from tars import overwrite
 
@@ -42,9 +43,10 @@ def run(demo, environment, tmp_path_factory) -> RunDir:
     stage = Stage(config, RunDir(folder / "run"), environment)
     loaded = configure.load(config)
     data = open_data(loaded.data, loaded.run.seed)
-    first = data.plan.global_batch(START).packs[0]
-    victim = int(first.row[first.source == 0][0])
-    at = data.sources[0].locate(victim)
+    number = [source.name for source in data.sources].index("pairs")
+    victim = next(int(p.row[p.source == number][0]) for p in data.plan.global_batch(START).packs if number in p.source)
+    at = data.sources[number].locate(victim)
+    assert at.shard.is_relative_to(folder)
     overwrite(at.shard, at.offset + 600, b"\xff")
     assert stage.train(procs=WORLD).returncode == EXIT_DONE
     return stage.run
@@ -126,6 +128,23 @@ def test_what_was_dropped_and_which_packs_were_empty_is_in_the_table(run, xc_dat
     of_rank = capsys.readouterr().out
     assert "bytes changed" in of_rank or "bytes changed" in printed.out
     assert {r[0] for line in of_rank.splitlines() if len(r := line.split()) > 10 and r[0].isdecimal()} == {"1"}
+
+
+@pytest.mark.parametrize("width", [400, 1300])
+def test_the_page_of_a_step_in_a_browser_loads_nothing_decodes_its_pictures_and_finds_a_rank(run, xc_data, tmp_path, width):
+    page = tmp_path / "page.html"
+    assert xc_data("replay", run.path, "--step", 2, "-o", page) == 0
+    with browser(tmp_path / "profile") as chromium:
+        chromium.open(page, width)
+        sizes = chromium.run("Promise.all([...document.images].map(i => (i.loading = 'eager', i.decode().then(() => i.naturalWidth))))")
+        assert len(sizes) > 3
+        assert set(sizes) == {32}
+        assert chromium.requests == [page.as_uri()]
+        assert chromium.errors == []
+        assert chromium.run("document.documentElement.scrollWidth") == width
+        chromium.type_into("#find", "rank 1, micro-step 0")
+        shown = chromium.run("[...document.querySelectorAll('.pack:not([hidden]) h2 + .facts')].map(f => f.textContent)")
+        assert set(shown) == {"rank 1, micro-step 0"}
 
 
 def test_shards_that_changed_after_the_step_are_told_by_the_runs_own_counts(run, xc_data, capsys, tmp_path):
