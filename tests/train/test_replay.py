@@ -142,7 +142,7 @@ def test_the_page_of_a_step_in_a_browser_loads_nothing_decodes_its_pictures_and_
         assert chromium.requests == [page.as_uri()]
         assert chromium.errors == []
         assert chromium.run("document.documentElement.scrollWidth") == width
-        chromium.type_into("#find", "rank 1, micro-step 0")
+        chromium.type_into("#find", '"rank 1, micro-step 0"')
         shown = chromium.run("[...document.querySelectorAll('.pack:not([hidden]) h2 + .facts')].map(f => f.textContent)")
         assert set(shown) == {"rank 1, micro-step 0"}
 
