@@ -111,6 +111,7 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
             )
             break
 
+        began = state.cursor  # noted with the step's metrics: `xc-data replay` starts there
         by_source = []
         for micro_batch in step.micro_batches:
             batch = micro_batch.batch.to(device.torch_device)
@@ -123,10 +124,15 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
         ledger.write(step.step, step.bad)
         totals = Counter(state.totals)
         totals.update({**counts._asdict(), "skipped": skipped})
-        about = {"progress": progress, "optim/lr": lr, "optim/grad_norm": engine.grad_norm()}
-        about |= {"data/window": state.cursor[0], "data/pack": state.cursor[1]}  # where this step began: `xc-data replay` reads them
         state = replace(state, step=step.step + 1, cursor=(step.cursor.window, step.cursor.pack), progress=progress, totals=dict(totals))
         seconds = time.monotonic() - asked
+        about = {
+            "progress": progress,
+            "optim/lr": lr,
+            "optim/grad_norm": engine.grad_norm(),
+            "data/window": began[0],
+            "data/pack": began[1],
+        }
         reporter.add(state.step, by_source, {**about, **_metrics(counts, totals, seconds, waited=got - asked)})
         saves = state.step % config.checkpoint.every == 0
         if saves or state.step % config.track.every == 0:

@@ -214,7 +214,7 @@ class _Walk:
             lock_step=float(costs.max(1).sum() / mean),
             samples=tuple(map(len, rows)),
             tokens_by_source=tuple(np.bincount(pieces.source, lengths, sources).astype(np.int64).tolist()),
-            bytes=sum(int(source.sizes(pieces.row[pieces.source == s]).sum()) for s, source in enumerate(self._data.sources)),
+            bytes=sum(self._data.sources[s].locate(row).size for s, row in zip(pieces.source.tolist(), pieces.row.tolist(), strict=True)),
             shards=sum(len(np.unique(of_source)) for of_source in shards),
             shuffle=one_shard([self._shards(s, rows[s]) for s in range(sources)]),
             uniform=one_shard([self._shards(s, self._anywhere(s, len(rows[s]))) for s in range(sources)]),

@@ -96,24 +96,6 @@ class ShardSource:
         path = self.path / self.facts.shards[shard]
         return Location(path, self.facts.shard_sizes[shard], int(record["offset"]), int(record["size"]), int(record["digest"]))
 
-    def sizes(self, rows: np.ndarray) -> np.ndarray:
-        """int64 bytes that reading each of `rows` takes; rows in any order."""
-        order = np.argsort(rows, kind="stable")
-        sizes = np.zeros(len(rows), np.int64)
-        for run in np.split(order, np.flatnonzero(np.diff(rows[order]) > _RUN_GAP) + 1):
-            if len(run):
-                first, last = int(rows[run[0]]), int(rows[run[-1]])
-                sizes[run] = self._read("rows", first, last + 1 - first, ROW)["size"][rows[run] - first]
-        return sizes
-
-    def shard_of(self, row: int) -> int:
-        """Number of the shard that holds a sample."""
-        return bisect.bisect_right(self.facts.shard_first_rows, row) - 1
-
-    def shard_keys(self, shard: int) -> pa.ChunkedArray:
-        """Keys of a shard's samples, in order, from its sidecar: for people and ledgers, not for the hot path."""
-        return read_index(sidecar_path(self.path / self.facts.shards[shard], self.index_dir)).table["key"]
-
     def key(self, row: int) -> str:
         """Key of a sample."""
         shard = self.shard_of(row)
@@ -122,6 +104,14 @@ class ShardSource:
     def keys(self) -> list[str]:
         """Keys of all rows, from all sidecars: for held-out sources, which are small."""
         return [key for shard in range(len(self.facts.shards)) for key in self.shard_keys(shard).to_pylist()]
+
+    def shard_of(self, row: int) -> int:
+        """Number of the shard that holds a sample."""
+        return bisect.bisect_right(self.facts.shard_first_rows, row) - 1
+
+    def shard_keys(self, shard: int) -> pa.ChunkedArray:
+        """Keys of a shard's samples, in order, from its sidecar: for people and ledgers, not for the hot path."""
+        return read_index(sidecar_path(self.path / self.facts.shards[shard], self.index_dir)).table["key"]
 
     def find(self, key: str) -> list[int]:
         """Rows with this key, one a shard at most but for duplicates; reads sidecar after sidecar."""
