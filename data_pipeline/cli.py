@@ -32,7 +32,12 @@ def command_line(run: Callable[[], int]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    args = _parser().parse_args(argv)
+    args, rest = _parser().parse_known_args(argv)
+    if hasattr(args, "overrides"):  # argparse leaves what comes after an option
+        args.overrides += [r for r in rest if not r.startswith("-")]
+        rest = [r for r in rest if r.startswith("-")]
+    if rest:
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     args.command = shlex.join(["xc-data", *(sys.argv[1:] if argv is None else argv)])
     sys.exit(command_line(lambda: args.run(args)))
 
@@ -102,8 +107,25 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("config", type=Path, help="a stage's YAML; its `data` section is read")
     preview.add_argument("-o", "--output", type=Path, default=Path("preview.html"), help="the page (default preview.html)")
     preview.add_argument("--packs", type=int, default=8, help="packs shown, from the start of the run (default 8)")
+    preview.add_argument("--key", metavar="KEY", help="show the pack in which this sample is first drawn instead")
     preview.add_argument("overrides", nargs="*", help="key=value in the data section, such as data.context=512")
     preview.set_defaults(run=_preview)
+
+    replay = commands.add_parser("replay", help="the exact batches of a step of a run", description=_REPLAY)
+    replay.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory")
+    replay.add_argument("--step", type=int, required=True, metavar="N", help="as in metrics.jsonl and on the progress line; the first is 1")
+    replay.add_argument("--rank", type=int, metavar="R", help="only what this rank ran (default: all ranks)")
+    replay.add_argument("-o", "--output", type=Path, help="also write the page of these packs, as xc-data preview does")
+    replay.set_defaults(run=_replay)
+
+    simulate = commands.add_parser("simulate", help="what a run would do to its ranks and disks", description=_SIMULATE)
+    simulate.add_argument("config", type=Path, help="a stage's YAML; its `data` section is read")
+    simulate.add_argument("--world", type=int, required=True, metavar="N", help="data-parallel ranks")
+    simulate.add_argument("--steps", type=int, metavar="K", help="steps from the start of the run (default 1000, or to the run's end)")
+    simulate.add_argument("--cost", metavar="T,P,I", help="costs of a token, a pair of tokens of a segment, an image (default: the 7B's)")
+    simulate.add_argument("-o", "--output", type=Path, help="also write a page with curves over steps")
+    simulate.add_argument("overrides", nargs="*", help="key=value in the data section, such as data.global_batch=512")
+    simulate.set_defaults(run=_simulate)
     return parser
 
 
@@ -120,6 +142,12 @@ first in physical order stays; near-image needs an index made with --phash. A se
 _LEDGER = """Prints what a run left out, by source and reason. With --source and -o, writes a selection of what the run used of that source
 without the samples that it dropped, to be named in the config of the next run."""
 _PREVIEW = "Writes one self-contained page: a bar a pack, each segment's images and text in order, supervised words marked."
+
+_REPLAY = """Builds a step's batches again from the run's config and the plan: each segment with its key, shard, rank and micro-step,
+and what was dropped and why. What was in the spike? Refuses where the data was indexed anew since; needs the shards."""
+
+_SIMULATE = """Walks the plan from the index alone, no shard opened: fill, balance over ranks, image tokens, epochs by source, shuffle
+quality, bytes and shards a step, steps of the run. Try world sizes, windows and mixes here before a job costs anything."""
 
 
 def _index(args: argparse.Namespace) -> int:
@@ -227,8 +255,28 @@ def _say_selection(source: object, made: "Selection", folder: Path) -> int:
 def _preview(args: argparse.Namespace) -> int:
     from data_pipeline.inspect.preview import write_preview
 
-    write_preview(args.config, args.overrides, args.packs, args.output)
+    write_preview(args.config, args.overrides, args.packs, args.key, args.output)
     print(f"open {args.output.resolve()}")
+    return EXIT_DONE
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from data_pipeline.inspect.replay import replay
+
+    replay(args.run_dir, args.step, args.rank, args.output)
+    if args.output:
+        print(f"open {args.output.resolve()}")
+    return EXIT_DONE
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    from data_pipeline.inspect.simulate import simulate
+    from data_pipeline.inspect.simulated import show
+
+    found = simulate(args.config, args.overrides, args.world, args.steps, args.cost)
+    show(found, args.config.name, args.output)
+    if args.output:
+        print(f"open {args.output.resolve()}")
     return EXIT_DONE
 
 

@@ -6,7 +6,7 @@ state that is saved is that of the last step that was done.
 
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -80,7 +80,9 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
     if ranks.rank == 0:
         begins = f"resumed from step {state.step}" if resumed else "started"
         about = f"{config.run.name}: {begins}, {ranks.world} ranks, ZeRO-{config.deepspeed.stage}, {device.dtype} ({device.reason})"
-        life = run.begin_life(state.step if resumed else None, ranks.world, device.torch_device.type)
+        life = run.begin_life(
+            state.step if resumed else None, ranks.world, device.torch_device.type, data.plan.digest, asdict(cost_model(config))
+        )
         reporter.begin(life, state.step, configure.as_dict(config), [optim.table(trained, frozen, config.train.lr), about])
 
     loader = Loader(
@@ -117,6 +119,7 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
             )
             break
 
+        began = state.cursor  # noted with the step's metrics: `xc-data replay` starts there
         by_source = []
         for micro_batch in step.micro_batches:
             batch = micro_batch.batch.to(device.torch_device)
@@ -131,7 +134,13 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
         totals.update({**counts._asdict(), "skipped": skipped})
         state = replace(state, step=step.step + 1, cursor=(step.cursor.window, step.cursor.pack), progress=progress, totals=dict(totals))
         seconds = time.monotonic() - asked
-        about = {"progress": progress, "optim/lr": lr, "optim/grad_norm": engine.grad_norm()}
+        about = {
+            "progress": progress,
+            "optim/lr": lr,
+            "optim/grad_norm": engine.grad_norm(),
+            "data/window": began[0],
+            "data/pack": began[1],
+        }
         reporter.add(state.step, by_source, {**about, **_metrics(counts, totals, seconds, waited=got - asked)})
         saves = state.step % config.checkpoint.every == 0
         if saves or state.step % config.track.every == 0:

@@ -96,6 +96,28 @@ class EpochOrder:
         skipped = int(group_starts[first_group])
         return np.concatenate(groups)[first - skipped : last - skipped]
 
+    def position(self, epoch: int, row: int) -> int | None:
+        """The position of a row in an epoch; None where the row is not kept."""
+        ordinal = self._ordinal(row)
+        if ordinal is None:
+            return None
+        blocks, group_starts = self._table(epoch)
+        block = int(np.searchsorted(self._source.block_starts, ordinal, "right")) - 1
+        group = int(np.flatnonzero(blocks == block)[0]) // self._group_blocks
+        rows = self._group(epoch, blocks[group * self._group_blocks : (group + 1) * self._group_blocks])
+        return int(group_starts[group]) + int(np.flatnonzero(rows == row)[0])
+
+    def _ordinal(self, row: int) -> int | None:
+        """The place of a row among the kept ones."""
+        first, last = 0, self.samples
+        while first < last:
+            middle = (first + last) // 2
+            found = int(self._source.kept(middle, middle + 1)[0])
+            if found == row:
+                return middle
+            first, last = (middle + 1, last) if found < row else (first, middle)
+        return None
+
     def _group(self, epoch: int, blocks: np.ndarray) -> np.ndarray:
         """Rows of a group, permuted. Blocks that touch are read at once."""
         blocks = np.sort(blocks)

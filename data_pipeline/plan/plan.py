@@ -136,6 +136,19 @@ class Plan:
             cursor = Cursor(cursor.window, end) if end < len(window) else Cursor(cursor.window + 1, 0)
         return GlobalBatch(packs, cursor, done=cursor.window == self.windows, progress=self._progress(cursor))
 
+    def first_window(self, source: int, row: int) -> int | None:
+        """The window that first draws a row of a source; None where none does."""
+        position = self._orders[source].position(0, row) if self.rates[source] else None
+        if position is None:
+            return None
+        before, drawn = -1, 1  # the last window known to draw too little, the first known to draw enough
+        while self._quotas(drawn)[source][1] <= position:
+            before, drawn = drawn, 2 * drawn
+        while drawn - before > 1:
+            middle = (before + drawn) // 2
+            before, drawn = (middle, drawn) if self._quotas(middle)[source][1] <= position else (before, middle)
+        return drawn if self.windows is None or drawn < self.windows else None
+
     def _skip_empty(self, cursor: Cursor) -> Cursor:
         """The same place, past windows that draw nothing."""
         while cursor.pack == 0 and cursor.window != self.windows and not any(a < b for a, b in self._quotas(cursor.window)):

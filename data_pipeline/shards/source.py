@@ -12,6 +12,8 @@ from itertools import repeat
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from data_pipeline.errors import UserError
 from data_pipeline.plan.columns import ELEMENT
@@ -116,15 +118,29 @@ class ShardSource:
         return self.facts.shard_first_rows[shard], [*self.facts.shard_first_rows, self.facts.samples][shard + 1]
 
     def key(self, row: int) -> str:
-        """Key of a sample, from the sidecar: for people and ledgers, not for the hot path."""
-        shard = bisect.bisect_right(self.facts.shard_first_rows, row) - 1
-        sidecar = sidecar_path(self.path / self.facts.shards[shard], self.index_dir)
-        return read_index(sidecar).table["key"][row - self.facts.shard_first_rows[shard]].as_py()
+        """Key of a sample."""
+        shard = self.shard_of(row)
+        return self.shard_keys(shard)[row - self.facts.shard_first_rows[shard]].as_py()
 
     def keys(self) -> list[str]:
         """Keys of all rows, from all sidecars: for held-out sources, which are small."""
-        shards = (self.path / name for name in self.facts.shards)
-        return [key for shard in shards for key in read_index(sidecar_path(shard, self.index_dir)).table["key"].to_pylist()]
+        return [key for shard in range(len(self.facts.shards)) for key in self.shard_keys(shard).to_pylist()]
+
+    def shard_of(self, row: int) -> int:
+        """Number of the shard that holds a sample."""
+        return bisect.bisect_right(self.facts.shard_first_rows, row) - 1
+
+    def shard_keys(self, shard: int) -> pa.ChunkedArray:
+        """Keys of a shard's samples, in order, from its sidecar: for people and ledgers, not for the hot path."""
+        return read_index(sidecar_path(self.path / self.facts.shards[shard], self.index_dir)).table["key"]
+
+    def find(self, key: str) -> list[int]:
+        """Rows with this key, one a shard at most but for duplicates; reads sidecar after sidecar."""
+        rows = []
+        for shard, first in enumerate(self.facts.shard_first_rows):
+            found = pc.indices_nonzero(pc.equal(self.shard_keys(shard), key))
+            rows += [first + i for i in found.to_pylist()]
+        return rows
 
     @property
     def damaged(self) -> Path:

@@ -35,6 +35,23 @@ def test_a_range_of_positions_is_that_part_of_the_epoch(data: st.DataObject) -> 
     assert np.array_equal(order.rows(0, first, last), order.rows(0, 0, 60_000)[first:last])
 
 
+@given(sources(), seeds, st.integers(0, 5))
+@settings(max_examples=100, deadline=None)
+def test_the_position_of_a_row_is_where_it_is_drawn(source: ArraySource, seed: int, epoch: int) -> None:
+    order = EpochOrder(source, seed, 1)
+    rows = order.rows(epoch, 0, order.samples).tolist()
+    assert [order.position(epoch, row) for row in rows] == list(range(order.samples))
+    assert all(order.position(epoch, row) is None for row in range(max(rows) + 2) if row not in rows)
+
+
+@pytest.mark.parametrize("block_rows", [50, 250, 7_000])
+def test_the_position_of_a_row_is_found_in_many_groups(block_rows: int) -> None:
+    source = text_source("many", 60_000, np.random.RandomState(0).rand(60_000) < 0.9, block_rows)
+    order = EpochOrder(source, 5, 1)
+    for position, row in list(enumerate(order.rows(1, 0, order.samples).tolist()))[::997]:
+        assert order.position(1, row) == position
+
+
 @given(sources(), seeds, st.integers(0, 200), st.integers(0, 200))
 @settings(max_examples=100, deadline=None)
 def test_draws_are_the_epochs_one_after_the_other(source: ArraySource, seed: int, first: int, count: int) -> None:

@@ -56,6 +56,33 @@ def ingredients() -> dict[str, Any]:
 
 
 @given(epoch_plans())
+@settings(max_examples=60, deadline=None)
+def test_the_first_window_of_a_sample_is_where_walking_meets_it_first(drawn: tuple[Plan, list[ArraySource], list[Fraction]]) -> None:
+    plan, held, _ = drawn
+    met: dict[tuple[int, int], int] = {}
+    for w in range(plan.windows or 0):
+        pieces = plan.window(w).pieces
+        for sample in zip(pieces.source.tolist(), pieces.row.tolist(), strict=True):
+            met.setdefault(sample, w)
+    for number, source in enumerate(held):
+        for row in range(int(source.rows[-1]) + 2):
+            assert plan.first_window(number, row) == met.get((number, row))
+
+
+def test_the_first_window_of_a_sample_of_an_endless_mix_is_found_however_far() -> None:
+    sources = [text_source("often", 50_000), text_source("rarely", 2_000), text_source("never", 10)]
+    plan = Plan(
+        sources, [Fraction(1), Fraction("0.0001"), Fraction(0)], "samples", Budgets(64, 1, 8), ImagePolicy(16), [2] * 3, 100, 4, seed=1
+    )
+    for row in (0, 999, 1_999):
+        w = plan.first_window(1, row)
+        assert w is not None
+        pieces = plan.window(w).pieces
+        assert (0, row) in zip(pieces.epoch[pieces.source == 1].tolist(), pieces.row[pieces.source == 1].tolist(), strict=True)
+    assert plan.first_window(2, 0) is None
+
+
+@given(epoch_plans())
 @settings(max_examples=100, deadline=None)
 def test_over_the_run_every_kept_sample_appears_once_an_epoch(drawn: tuple[Plan, list[ArraySource], list[Fraction]]) -> None:
     plan, sources, weights = drawn

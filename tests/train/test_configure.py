@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import UserError
+from data_pipeline.inspect.simulate import default_cost
 from train import configure
-from train.config import Precision, Stage
+from train.config import Config, Precision, Stage
+from train.flops import cost_model
 
 DEMO = sorted(Path(__file__).resolve().parents[2].glob("configs/demo/[0-9]*.yaml"))
 
@@ -54,3 +56,10 @@ def test_slurm_settings_are_kept_unread(tmp_path):
     (tmp_path / "base.yaml").write_text(DEMO[0].with_name("base.yaml").read_text())
     (tmp_path / "stage.yaml").write_text(DEMO[0].read_text() + "slurm: {nodes: 4, anything: [1, 2]}\n")
     assert configure.load(tmp_path / "stage.yaml").slurm == {"nodes": 4, "anything": [1, 2]}
+
+
+def test_simulated_costs_are_by_default_those_that_training_the_7b_would_compute():
+    config = Config()
+    for size in (224, 490):
+        config.data.images.size = size
+        assert default_cost(size) == cost_model(config)

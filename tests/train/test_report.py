@@ -8,9 +8,9 @@ import pytest
 
 from data_pipeline import jsonl
 from data_pipeline.errors import UserError
+from data_pipeline.inspect.charts import draw, nice_ticks
 from data_pipeline.read.ledger import BadEntry, Ledger
-from train.report.build import write_report
-from train.report.charts import draw, nice_ticks, series
+from train.report.build import series, write_report
 from train.report.collect import Fate, Step, collect
 from train.report.held_out import verdict
 from train.run_dir import RunDir, write_json

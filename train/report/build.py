@@ -5,6 +5,7 @@ appear whole.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import Any
 import jinja2
 
 from data_pipeline.errors import UserError
-from train.report import charts
-from train.report.collect import Fate, Stage, collect
+from data_pipeline.inspect import charts
+from train.report.collect import Fate, Stage, Step, collect
 from train.report.held_out import gallery, rows, split_title, verdict
 from train.report.summary import ledger_counts, reason_of, split_names, summarise
 from train.run_dir import write_atomic
@@ -63,7 +64,7 @@ def write_report(folder: Path) -> Path:
 def render(title: str, stages: list[Stage], summary: dict[str, Any]) -> str:
     """The page."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.ChoiceLoader([jinja2.FileSystemLoader(Path(__file__).parent), jinja2.PackageLoader("data_pipeline.inspect", ".")]),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -117,10 +118,10 @@ def moment(seconds: float) -> str:
 def _training(stage: Stage) -> Training:
     sources = [m.partition("/")[2] for m in dict.fromkeys(k for s in stage.steps for k in s.values) if m.startswith("loss_by_source/")]
     by_source = [
-        charts.series(stage.steps, f"loss_by_source/{name}", name, f"var(--s{i % 6})", [f"tokens_by_source/{name}"])
+        series(stage.steps, f"loss_by_source/{name}", name, f"var(--s{i % 6})", [f"tokens_by_source/{name}"])
         for i, name in enumerate(sources)
     ]
-    total = charts.series(stage.steps, "loss/train", "all sources", "var(--ink)", [f"tokens_by_source/{name}" for name in sources])
+    total = series(stage.steps, "loss/train", "all sources", "var(--ink)", [f"tokens_by_source/{name}" for name in sources])
     loss = charts.draw([*by_source, total] if len(sources) != 1 else by_source, smooth=True)
     panels = []
     for name, metric, smooth, zero in (
@@ -128,11 +129,18 @@ def _training(stage: Stage) -> Training:
         ("Tokens a second", "throughput/tokens_per_s", True, True),
         ("Gradient norm", "optim/grad_norm", True, True),
     ):
-        panel = charts.draw([charts.series(stage.steps, metric, name, "var(--accent)")], smooth=smooth, zero=zero, x_count=3, y_count=3)
+        panel = charts.draw([series(stage.steps, metric, name, "var(--accent)")], smooth=smooth, zero=zero, x_count=3, y_count=3)
         if panel:
             panels.append((name, panel))
     last = max((s.number for s in stage.steps), default=0)
     return Training(loss, panels, _marks(stage, last), _facts(stage), _lives(stage, last))
+
+
+def series(steps: Sequence[Step], metric: str, name: str, color: str, weights: Sequence[str] = ()) -> charts.Series:
+    """One metric of the steps that have it; a step weighs as much as the sum of the metrics in `weights`."""
+    found = [s for s in steps if metric in s.values]
+    weights_of = [sum(s.values.get(w, 0.0) for w in weights) if weights else 1.0 for s in found]
+    return charts.Series(name, color, [s.number for s in found], [s.values[metric] for s in found], weights_of)
 
 
 def _marks(stage: Stage, last: int) -> list[tuple[float, str, str]]:

@@ -1,4 +1,4 @@
-"""Curves over steps as SVG paths and tick labels in percent; the template draws them.
+"""Curves over steps as SVG paths and tick labels in percent; `chart.html` draws them, here and in the training report.
 
 Invariant: pure, and independent of size: a path lives in a box of 1000 x 1000 that the page stretches, so no text is in it.
 """
@@ -7,8 +7,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from train.report.collect import Step
 
 BOX = 1000
 POINTS = 600
@@ -53,13 +51,6 @@ class Chart:
     """Steps that a point is the mean of."""
     last: int
     """Step at the right edge; the left edge is 0."""
-
-
-def series(steps: Sequence[Step], metric: str, name: str, color: str, weights: Sequence[str] = ()) -> Series:
-    """One metric of the steps that have it; a step weighs as much as the sum of the metrics in `weights`."""
-    found = [s for s in steps if metric in s.values]
-    weights_of = [sum(s.values.get(w, 0.0) for w in weights) if weights else 1.0 for s in found]
-    return Series(name, color, [s.number for s in found], [s.values[metric] for s in found], weights_of)
 
 
 def draw(lines: Sequence[Series], *, smooth: bool, zero: bool = False, x_count: int = 6, y_count: int = 4) -> Chart | None:
