@@ -149,7 +149,9 @@ def _evaluate_apart(run_dir: Path) -> int:
     """In a process of its own, so that what is measured is what was written and read back."""
     import subprocess
 
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))}
+    # Passive: threads that spin at every barrier collapse as soon as anything else runs on their cores.
+    defaults = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {**defaults, **os.environ}
     return subprocess.run([sys.executable, "-m", "train.cli", "evaluate", str(run_dir)], env=environment).returncode
 
 

@@ -23,7 +23,7 @@ HELD_OUT = (
     *(f"heldout/{split}/{half}" for split in ("unseen_picture", "unseen_concept") for half in ("validation", "test")),
 )
 TRAIN = ["xc-train", "run", *(f"configs/demo/{n}" for n in ("1_language.yaml", "2_pretrain.yaml", "3_sft.yaml")), "--procs", "2"]
-KILL_AFTER_STEP = 130
+KILL_AFTER_STEP = 120
 """Of the pretraining stage: past its first checkpoint, so that there is work to lose and to find again."""
 
 
