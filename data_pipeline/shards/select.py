@@ -108,7 +108,7 @@ def _connect(sidecars: list[Path], source: ShardSource, spill: str, memory: str)
     connection.execute("SET allowed_paths = $files", {"files": files})
     shards = pa.table({"filename": files, "shard": source.facts.shards, "first_row": source.facts.shard_first_rows})
     connection.from_arrow(shards).create("shards")
-    index = connection.read_parquet([_literal(file) for file in files], filename=True, file_row_number=True)
+    index = connection.read_parquet(files, filename=True, file_row_number=True)
     index.create_view("sidecars")
     columns = ", ".join(f"{made_of} AS {name}" for name, (made_of, _) in COLUMNS.items())
     connection.execute(
@@ -194,11 +194,6 @@ def band_masks(count: int, bits: int) -> list[int]:
     borders = [PHASH_BITS * i // bands for i in range(bands + 1)]
     masks = [(1 << end) - (1 << first) for first, end in pairwise(borders)]
     return [sum(chosen) for chosen in combinations(masks, bands - bits)]
-
-
-def _literal(file: str) -> str:
-    """A path that a glob takes as it stands."""
-    return "".join(f"[{c}]" if c in "[*?" else c for c in file)
 
 
 def _one_line(error: Exception) -> str:

@@ -4,7 +4,10 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -154,7 +157,14 @@ def test_an_empty_file_and_an_empty_tar_do_not_stop_the_others(pairs):
     assert facts.damaged == {"unreadable tar": 1}
 
 
+def huge_png() -> bytes:
+    """A few bytes that say that they are 178 million pixels and one row."""
+    ihdr = b"IHDR" + (13_343).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
+    return b"\x89PNG\r\n\x1a\n" + len(ihdr[4:]).to_bytes(4, "big") + ihdr + zlib.crc32(ihdr).to_bytes(4, "big") + make_image()[33:]
+
+
 BAD_PAIRS = {
+    "image too large: 13343x13343": [("x.png", huge_png()), ("x.txt", b"a bomb")],
     "image header unreadable": [("x.png", b"\x89PNG\r\n\x1a\nno picture"), ("x.txt", b"apple")],
     "text is not UTF-8": [("x.png", make_image()), ("x.txt", b"caf\xe9")],
     "missing member: txt": [("x.png", make_image())],
@@ -303,6 +313,71 @@ def test_worker_processes_give_the_same_index(tmp_path, xc_data):
         assert xc_data("index", tmp_path, "--tokenizer", DEMO / "tokenizer", "--index-dir", out, "--workers", workers) == 0
         facts.append(merge(tmp_path, out))
     assert facts[0] == facts[1]
+
+
+def test_two_processes_on_the_same_shards_leave_one_whole_index(demo, tmp_path):
+    source = demo.copy("pairs", tmp_path / "pairs")
+    for sidecar in source.glob("*.index.parquet"):
+        sidecar.unlink()
+    command = [sys.executable, "-m", "data_pipeline.cli", "index", str(source), "--tokenizer", str(demo.tokenizer)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert all("3 of 3 shards" in out for out in printed)
+    assert merge(source, source).digest == ShardSource("pairs", demo.source("pairs")).digest
+    assert not list(source.glob(".*")), "nothing half-written is left"
+
+
+def test_perceptual_hashes_may_come_later_and_then_stay(pairs, xc_data, capsys):
+    def index(*options: str) -> tuple[str, str]:
+        assert xc_data("index", pairs.parent, "--tokenizer", DEMO / "tokenizer", *options) == 0
+        return capsys.readouterr().out.splitlines()[0].rpartition(", kind")[2], merge(pairs.parent, pairs.parent).digest
+
+    def hashes() -> list[list[int | None]]:
+        return [[e["phash"] for e in row] for row in read_index(sidecar_path(pairs, pairs.parent)).table["elements"].to_pylist()]
+
+    write_tar(pairs, [("a.png", striped()), ("a.txt", b"stripes"), ("b.png", make_image()), ("b.txt", b"flat")])
+    without = index()
+    assert hashes() == [[None, None], [None, None]]
+    done, digest = index("--phash")
+    assert "1 indexed" in done
+    assert digest == without[1], "no run changes by it"
+    (stripes, text), flat = hashes()
+    assert isinstance(stripes, int)
+    assert (text, flat) == (None, [None, None])
+    assert "0 indexed, 1 up to date" in index()[0]
+    assert hashes()[0] == [stripes, None]
+
+
+def striped() -> bytes:
+    out = io.BytesIO()
+    Image.linear_gradient("L").save(out, "PNG")
+    return out.getvalue()
+
+
+def test_pictures_that_do_not_decode_are_damage_to_those_who_ask_for_their_looks(pairs):
+    broken = bytearray(striped())
+    broken[60:-20] = b"\xff" * (len(broken) - 80)
+    write_tar(pairs, [*make_pairs(1), ("x.png", bytes(broken)), ("x.txt", b"header is whole"), *[("z" + n, d) for n, d in make_pairs(1)]])
+    assert kept(pairs) == ["k0", "x", "zk0"]
+    assert index_shard(pairs, pairs.parent, Kind.pair, TOKENIZER, phash=True)
+    table = read_index(sidecar_path(pairs, pairs.parent)).table
+    assert table["status"].to_pylist()[1].startswith("image does not decode")
+    assert [s == OK for s in table["status"].to_pylist()] == [True, False, True]
+
+
+def test_each_element_has_a_digest_of_what_curation_compares(tmp_path):
+    picture = make_image()
+    documents = [
+        make_document("a", ["Red  APPLE", picture]),
+        make_document("b", [picture, "red apple "]),
+        make_document("c", ["red apples"]),
+    ]
+    shard = write_tar(tmp_path / "a.tar", [m for d in documents for m in d])
+    assert kept(shard, Kind.document) == ["a", "b", "c"]
+    a, b, c = ([e["digest"] for e in row] for row in read_index(sidecar_path(shard, tmp_path)).table["elements"].to_pylist())
+    assert a == b[::-1]
+    assert len({*a, *c}) == 3
 
 
 def test_another_tokenizer_is_refused_with_the_command_that_fixes_it(demo, tmp_path):
