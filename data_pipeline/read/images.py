@@ -42,6 +42,10 @@ _NUMPY_TURNS = {
 """The same, of an array [H, W, 3]."""
 
 
+SCALED_SIDES = 4
+"""A JPEG is scaled down while it is decoded only where this many sides of the square are left: at 2, detailed pictures came out more
+than a grey level off."""
+
 Box = tuple[float, float, float, float]
 """Left, upper, right, lower in pixels."""
 
@@ -97,27 +101,28 @@ def _jittered(square: Image.Image, policy: ImageConfig, rng: np.random.Generator
 
 
 def _fast_jpeg(data: bytes, policy: ImageConfig, rng: np.random.Generator | None) -> np.ndarray | None:
-    """As `to_square`, for a JPEG in grey or RGB; None for everything else, and before any random number is drawn."""
+    """As `to_square`, for a JPEG in grey or RGB; None, with no random number drawn, where Pillow is to read it."""
     found = _decode_jpeg(data, policy)
     if found is None:
         return None
     pixels, (width, height) = found
     if rng is not None and policy.crop:
+        # a crop begins between two pixels, which torch's resize cannot express; whole pixels would be another picture
         left, upper, right, lower = _crop_box((width, height), policy.crop, rng)
         across, down = pixels.shape[1] / width, pixels.shape[0] / height  # decoded at a smaller scale, perhaps
-        pixels = pixels[_whole(upper * down, lower * down), _whole(left * across, right * across)]
+        box = (left * across, upper * down, min(right * across, pixels.shape[1]), min(lower * down, pixels.shape[0]))
+        square = Image.fromarray(pixels).resize((policy.size, policy.size), Image.Resampling.BICUBIC, box=box)
+        return _jittered(square, policy, rng)
     # channels last, as it lies in memory: torch's kernel for uint8 is then the one that is vectorised
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     square = interpolate(image, (policy.size, policy.size), mode="bicubic", antialias=True, align_corners=False)[0]
-    if rng is None or not policy.jitter:
-        return np.ascontiguousarray(square.numpy())
     return _jittered(Image.fromarray(np.ascontiguousarray(square.permute(1, 2, 0).numpy())), policy, rng)
 
 
 def _decode_jpeg(data: bytes, policy: ImageConfig) -> tuple[np.ndarray, tuple[int, int]] | None:
     """Upright pixels [H, W, 3], and the width and height that they have at full scale; None where Pillow is to judge.
 
-    A large image is decoded at a fraction of its scale that leaves any crop at least twice the square.
+    A large image is decoded at half its scale or less, as far as that leaves any crop `SCALED_SIDES` times the square.
     """
     if not data.startswith(b"\xff\xd8"):
         return None
@@ -127,8 +132,8 @@ def _decode_jpeg(data: bytes, policy: ImageConfig) -> tuple[np.ndarray, tuple[in
                 return None
             size = header.size
             turn = _turn(header)
-        least = math.ceil(2 * policy.size / (1 - policy.crop)) if policy.crop < 1 else 0
-        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least, min_width=least)
+        least = math.ceil(SCALED_SIDES * policy.size / (1 - policy.crop)) if policy.crop < 1 else 0
+        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least, min_width=least, min_factor=2)
     except MemoryError:
         raise
     except Exception:  # noqa: BLE001  damaged or hostile: Pillow says whether it is readable, and why not
@@ -137,12 +142,6 @@ def _decode_jpeg(data: bytes, policy: ImageConfig) -> tuple[np.ndarray, tuple[in
         pixels = np.ascontiguousarray(_NUMPY_TURNS[turn](pixels))
         size = size[::-1] if turn in _SWAPPING else size
     return pixels, size
-
-
-def _whole(first: float, last: float) -> slice:
-    """The nearest whole pixels, at least one."""
-    start = int(first + 0.5)
-    return slice(start, max(int(last + 0.5), start + 1))
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
