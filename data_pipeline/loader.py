@@ -4,6 +4,7 @@ The only stateful file of the package. Invariant: the sequence of steps is that 
 of workers; the state to save is the cursor that travels with a *consumed* step, since the sampler runs ahead.
 """
 
+import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -217,8 +218,10 @@ class Loader:
             UserError: an index lost its files.
         """
         if self._loader.num_workers and self._remote and opened_here():
-            # a client of an object store does not survive a fork, so that workers are begun by a process that has none
-            self._loader.multiprocessing_context = "forkserver"
+            # a client of an object store does not survive a fork: workers are then begun by a process that has none
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__])
+            self._loader.multiprocessing_context = context
         micro_batches: list[MicroBatch] = []
         for micro_batch in self._loader:
             if isinstance(micro_batch, Exception):

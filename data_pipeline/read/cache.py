@@ -6,6 +6,7 @@ and losing any file costs one request. Its size stays near the limit, since each
 
 import os
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from data_pipeline.errors import UserError
@@ -58,7 +59,8 @@ class RangeCache:
             if digest // FOLDERS % max(1, self._share // _LOOKS // max(1, len(data))) == 0:
                 self._clear(path.parent)
         except OSError:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
 
     def _path(self, digest: int, size: int) -> Path:
         return self.folder / f"{digest % FOLDERS:02x}" / f"{digest:016x}-{size}"

@@ -86,18 +86,21 @@ class ShardReader:
             data = self._cache.get(location.digest, location.size)
             if data is not None and _is_indexed(data, location):
                 return data
-        for _ in range(2):  # what came wrong once may have been spoilt on its way
+        reason = ""
+        for _ in range(2):  # what is wrong once may have been spoilt on its way
             try:
                 data = shard.read_range(location.offset, location.size, location.shard_size)
             except FileNotFoundError:
-                raise BadSample("shard is missing") from None
+                reason = "shard is missing"
             except OtherSizeError as error:
-                raise BadSample(f"shard changed since it was indexed: {error}") from None
-            if _is_indexed(data, location):
-                if self._cache is not None:
-                    self._cache.put(location.digest, data)
-                return data
-        raise BadSample("bytes changed since they were indexed")
+                reason = f"shard changed since it was indexed: {error}"
+            else:
+                reason = "bytes changed since they were indexed"
+                if _is_indexed(data, location):
+                    if self._cache is not None:
+                        self._cache.put(location.digest, data)
+                    return data
+        raise BadSample(reason)
 
     def _descriptor(self, shard: Path) -> tuple[int, int]:
         if shard in self._open:

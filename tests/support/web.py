@@ -14,6 +14,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
+from typing import ClassVar
 from urllib.parse import parse_qs, urlsplit
 from xml.sax.saxutils import escape
 
@@ -21,8 +22,9 @@ from xml.sax.saxutils import escape
 class WebServer:
     """Serves `root` on a loopback port until `kill`; `start` brings it back on the same port.
 
-    `faults` says which file requests go wrong: {"error": 7} answers every 7th with 503, "cut" sends half of the body, "hang" sends
-    half and waits. A list [first, last] fails these requests in a row.
+    `faults` says which requests go wrong: {"error": 7} answers every 7th with 503, {"error": [2, 4]} the second to the fourth.
+    "denied" answers 403; "cut" sends half of the body, "hang" sends half and waits; "rot" sends other bytes, "slow" the right ones
+    a little later; "whole" knows no ranges.
     """
 
     def __init__(self, root: Path, faults: dict[str, int | list[int]] | None = None, log: Path | None = None) -> None:
@@ -48,7 +50,7 @@ class WebServer:
         self.process.stdout.close()
 
     def requests(self) -> list[dict]:
-        """What was asked so far: method, path, range, fault."""
+        """What was asked so far: method, path, range, fault, and how many requests were being answered."""
         return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
 
     def __enter__(self) -> "WebServer":
@@ -62,6 +64,7 @@ def handler(root: Path, fault: Callable[[], str | None], log: Callable[[dict], N
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         disable_nagle_algorithm = True
+        under_way: ClassVar[list[None]] = []
 
         def do_HEAD(self) -> None:
             self.answer(body=False)
@@ -73,21 +76,24 @@ def handler(root: Path, fault: Callable[[], str | None], log: Callable[[dict], N
             url = urlsplit(self.path)
             query = parse_qs(url.query)
             wrong = fault()
-            log({"method": self.command, "path": self.path, "range": self.headers.get("Range"), "fault": wrong})
+            asked = self.headers.get("Range") if wrong != "whole" else None
+            self.under_way.append(None)
+            log({"method": self.command, "path": self.path, "range": asked, "fault": wrong, "under_way": len(self.under_way)})
+            time.sleep(0.05 if wrong == "slow" else 0)
             file = root / url.path.lstrip("/")
-            if wrong == "error":
-                self.reply(HTTPStatus.SERVICE_UNAVAILABLE, b"busy", body)
+            if wrong in ("error", "denied"):
+                self.reply(HTTPStatus.SERVICE_UNAVAILABLE if wrong == "error" else HTTPStatus.FORBIDDEN, b"no", body)
             elif "list-type" in query:
                 self.reply(HTTPStatus.OK, listing(file, query.get("prefix", [""])[0]), body)
             elif not file.is_file():
                 self.reply(HTTPStatus.NOT_FOUND, b"no such file", body)
             else:
-                self.send_file(file, body, wrong)
+                self.send_file(file, asked, body, wrong)
+            self.under_way.pop()
 
-        def send_file(self, file: Path, body: bool, wrong: str | None) -> None:
+        def send_file(self, file: Path, asked: str | None, body: bool, wrong: str | None) -> None:
             content = file.read_bytes()
             size, headers, status = len(content), {"Last-Modified": self.date_time_string(int(file.stat().st_mtime))}, HTTPStatus.OK
-            asked = self.headers.get("Range")
             if asked:
                 first, last = asked.removeprefix("bytes=").split("-")
                 if int(first) >= size:
@@ -104,10 +110,11 @@ def handler(root: Path, fault: Callable[[], str | None], log: Callable[[dict], N
                 self.send_header(name, value)
             self.end_headers()
             if body:
+                content = bytes(len(content)) if wrong == "rot" else content
                 self.wfile.write(content[: len(content) // 2] if wrong in ("cut", "hang") else content)
             if wrong == "hang":
                 time.sleep(3600)
-            self.close_connection = wrong is not None
+            self.close_connection = wrong in ("cut", "hang")
 
         def log_message(self, *_: object) -> None:
             """Nothing to the terminal."""
