@@ -16,11 +16,13 @@ setup(
         "jinja2>=3.1,<4",
         "ninja>=1.11",  # DeepSpeed compiles its CPU communication kernel on first use
         "numpy>=1.26,<3",
+        "obstore>=0.12,<0.13",  # http(s)://, s3:// and gs:// shards
         "omegaconf>=2.4,<2.5",
         "pillow>=11,<14",
         "pyarrow>=18,<30",
         "rich>=13,<16",
         "safetensors>=0.5,<1",
+        "simplejpeg>=1.9,<2",
         "tensorboard>=2.18,<3",
         "timm>=1.0.20,<1.1",
         "tokenizers>=0.21,<1",

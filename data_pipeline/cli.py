@@ -51,22 +51,22 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     index = commands.add_parser("index", help="write a sidecar index beside each shard", description=_INDEX)
-    index.add_argument("source", type=Path, help="folder that holds the .tar shards")
+    index.add_argument("source", help="folder that holds the .tar shards, or its URL (http(s)://, s3://, gs://)")
     index.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json; lengths are counted with it")
     index.add_argument("--kind", choices=("pair", "document", "text"), help="what the samples are; guessed from the first one if not given")
     index.add_argument("--workers", type=int, default=1, metavar="N", help="shards at once (default 1)")
     index.add_argument("--task", default="0/1", metavar="I/N", help="only the I-th of N shares of the shards, I from 0: for job arrays")
-    index.add_argument("--index-dir", type=Path, help="where the index goes if the shards' folder is read-only")
+    index.add_argument("--index-dir", type=Path, help="where the index goes if the shards' folder is read-only or remote")
     index.add_argument("--phash", action="store_true", help="decode the images and keep perceptual hashes, for select --unique near-image")
     index.set_defaults(run=_index)
 
     merge = commands.add_parser("merge", help="make an indexed source ready to train on", description=_MERGE)
-    merge.add_argument("source", type=Path, help="folder that holds the .tar shards")
+    merge.add_argument("source", help="folder that holds the .tar shards, or its URL")
     merge.add_argument("--index-dir", type=Path, help="where the index is, if not beside the shards")
     merge.set_defaults(run=_merge)
 
     stats = commands.add_parser("stats", help="what a source holds: samples, tokens, images, damage", description=_STATS)
-    stats.add_argument("source", type=Path, nargs="+", help="merged sources")
+    stats.add_argument("source", nargs="+", help="merged sources: folders of shards, or their URLs")
     stats.add_argument("--index-dir", type=Path, help="where the index is, if not beside the shards (one source only)")
     stats.set_defaults(run=_stats)
 
@@ -151,21 +151,24 @@ quality, bytes and shards a step, steps of the run. Try world sizes, windows and
 
 
 def _index(args: argparse.Namespace) -> int:
+    from data_pipeline.read.paths import index_folder, to_path
     from data_pipeline.samples import Kind
     from data_pipeline.shards.index import find_kind, index_shard, list_shards
     from data_pipeline.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(args.tokenizer)
     number, count = _task(args.task)
-    shards = list_shards(args.source)
+    source = to_path(args.source)
+    index_dir = index_folder(source, args.index_dir)
+    shards = list_shards(source)
     kind = Kind(args.kind) if args.kind else find_kind(shards)
     mine = shards[number::count]
-    work = partial(index_shard, index_dir=args.index_dir or args.source, kind=kind, tokenizer=tokenizer, phash=args.phash)
-    written = sum(_watched(work, mine, args.workers, f"index {args.source.name}"))
+    work = partial(index_shard, index_dir=index_dir, kind=kind, tokenizer=tokenizer, phash=args.phash)
+    written = sum(_watched(work, mine, args.workers, f"index {source.name}"))
     guessed = "" if args.kind else " (guessed from the first sample)"
     done = f"{written} indexed, {len(mine) - written} up to date"
     print(f"{args.source}: {len(mine)} of {len(shards)} shards, kind {kind.value}{guessed}, {done}")
-    print(f"next: xc-data merge {args.source}")
+    print(f"next: xc-data merge {args.source}{f' --index-dir {args.index_dir}' if args.index_dir else ''}")
     return EXIT_DONE
 
 
@@ -188,23 +191,26 @@ def _task(text: str) -> tuple[int, int]:
 
 
 def _merge(args: argparse.Namespace) -> int:
+    from data_pipeline.read.paths import index_folder, to_path
     from data_pipeline.shards.merge import merge
 
-    facts = merge(args.source, args.index_dir or args.source)
+    source = to_path(args.source)
+    facts = merge(source, index_folder(source, args.index_dir))
     print(f"{args.source}: {facts.kept} of {facts.samples} samples, {facts.text_tokens} text tokens, {facts.images} images")
     for reason, count in sorted(facts.damaged.items(), key=lambda item: -item[1]):
         print(f"  left out: {count} x {reason}")
-    print(f"next: xc-data stats {args.source}")
+    print(f"next: xc-data stats {args.source}{f' --index-dir {args.index_dir}' if args.index_dir else ''}")
     return EXIT_DONE
 
 
 def _stats(args: argparse.Namespace) -> int:
     from data_pipeline.inspect.stats import print_stats
+    from data_pipeline.read.paths import to_path
 
     if args.index_dir and len(args.source) > 1:
         raise UserError("--index-dir names the index of one source (give one source)")
     for source in args.source:
-        print_stats(source, args.index_dir)
+        print_stats(to_path(source), args.index_dir)
     return EXIT_DONE
 
 

@@ -18,6 +18,13 @@ class MixUnit(Enum):
     epochs = "epochs"  # weights are epochs over the whole run, which then ends when the last epoch does
 
 
+class ImageDecoder(Enum):
+    """What turns an encoded image into pixels."""
+
+    fast = "fast"  # JPEG by libjpeg-turbo and torch, two to four times as fast; rounding apart the same pixels
+    pil = "pil"  # Pillow for every image: the reference
+
+
 @dataclass
 class ErrorConfig:
     """How much of a source a run may drop, because it cannot be read, before it stops with a checkpoint and exit code 70.
@@ -38,9 +45,9 @@ class SourceConfig:
     """One source: a folder of shards with one kind of sample."""
 
     path: str = MISSING
-    """Folder that holds the `*.tar` shards."""
+    """Folder that holds the `*.tar` shards, or its URL: http(s)://, s3://, gs:// (docs/data.md)."""
     index_dir: str | None = None
-    """Folder of the index where the shards' own folder is read-only; beside the shards by default."""
+    """Folder of the index where the shards' own folder is read-only or remote; beside the shards by default."""
     selection: str | None = None
     """Folder that `xc-data select` or `xc-data ledger` made of this source: only its samples are used. All usable ones by default."""
     weight: str = "1"
@@ -61,6 +68,8 @@ class ImageConfig:
     """Augmentation: largest share of a side that a random crop removes. 0 = none, our default: the paper states none."""
     jitter: float = 0.0
     """Augmentation: largest relative change of brightness, contrast and saturation. 0 = none."""
+    decoder: ImageDecoder = ImageDecoder.fast
+    """`fast` or `pil`. Enters the plan digest, since it changes pixels."""
 
 
 @dataclass
@@ -90,6 +99,14 @@ class DataConfig:
     """Decoding processes a rank; 0 decodes in the training process. Does not change the batches."""
     prefetch: int = 4
     """Micro-batches that each worker keeps ready."""
+    read_stall: float = 20.0
+    """Remote shards: seconds without a byte after which a request is cut and sent again."""
+    read_deadline: float = 300.0
+    """Remote shards: seconds of failure after which the life ends with "try again" (exit code 75). No sample is dropped for it."""
+    cache_dir: str | None = None
+    """Remote shards: folder on a disk of the node that keeps what was read, shared by all ranks of the node. None = no cache."""
+    cache_gib: float = 100.0
+    """Size of the cache in GiB; what was used longest ago goes first."""
 
 
 def as_plain(config: Any) -> dict[str, Any]:

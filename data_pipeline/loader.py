@@ -4,10 +4,12 @@ The only stateful file of the package. Invariant: the sequence of steps is that 
 of workers; the state to save is the cursor that travels with a *consumed* step, since the sampler runs ahead.
 """
 
+import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,8 +23,11 @@ from data_pipeline.plan.columns import Budgets, ImagePolicy
 from data_pipeline.plan.plan import Cursor, Plan
 from data_pipeline.plan.split import Pieces
 from data_pipeline.read import budget
+from data_pipeline.read.cache import RangeCache
 from data_pipeline.read.ledger import BadEntry
 from data_pipeline.read.materialise import Materialiser
+from data_pipeline.read.remote import Patience, RemotePath, opened_here
+from data_pipeline.read.storage import ShardReader
 from data_pipeline.shards.source import ShardSource
 from data_pipeline.text import templates
 from data_pipeline.text.tokenizer import Tokenizer
@@ -94,7 +99,8 @@ def open_data(config: DataConfig, seed: int) -> Data:
         raise UserError("data.sources is empty (name at least one source: {NAME: {path: FOLDER}})")
     budget.check({name: source.errors for name, source in config.sources.items()})
     tokenizer = Tokenizer(config.tokenizer)
-    sources = [ShardSource(name, source.path, source.index_dir, source.selection) for name, source in config.sources.items()]
+    patience = Patience(config.read_stall, config.read_deadline)
+    sources = [ShardSource(name, source.path, source.index_dir, source.selection, patience) for name, source in config.sources.items()]
     for source in sources:
         source.require_tokenizer(tokenizer.digest)
     needed = config.images.tokens + templates.OVERHEAD
@@ -194,8 +200,10 @@ class Loader:
         step: int,
         pin: bool = False,
     ) -> None:
+        cache = RangeCache(Path(config.cache_dir), int(config.cache_gib * 2**30)) if config.cache_dir else None
+        self._remote = any(isinstance(source.path, RemotePath) for source in data.sources)
         self._loader = DataLoader(
-            _Requests(Materialiser(data.sources, data.tokenizer, config.images, seed)),
+            _Requests(Materialiser(data.sources, data.tokenizer, config.images, seed, ShardReader(cache))),
             sampler=StepSampler(config, data.plan, cost_model, rank, ranks, cursor, step),
             batch_size=None,
             num_workers=config.workers,
@@ -211,6 +219,11 @@ class Loader:
             TryAgainError: the file system failed in a worker.
             UserError: an index lost its files.
         """
+        if self._loader.num_workers and self._remote and opened_here():
+            # a client of an object store does not survive a fork: workers are then begun by a process that has none
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__])
+            self._loader.multiprocessing_context = context
         micro_batches: list[MicroBatch] = []
         for micro_batch in self._loader:
             if isinstance(micro_batch, Exception):

@@ -65,7 +65,8 @@ def _at(tree: Any, path: str) -> Any:
 def _difference(a: Any, b: Any, path: str) -> str | None:
     if isinstance(a, dict) and isinstance(b, dict):
         for key in [*a, *(k for k in b if k not in a)]:
-            if (path == "data" and key in ("workers", "prefetch")) or (path.startswith("data.sources.") and key == "errors"):
+            unlike = ("workers", "prefetch", "read_stall", "read_deadline", "cache_dir", "cache_gib")
+            if (path == "data" and key in unlike) or (path.startswith("data.sources.") and key == "errors"):
                 continue
             found = _difference(a.get(key), b.get(key), f"{path}.{key}")
             if found:

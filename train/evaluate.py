@@ -20,7 +20,7 @@ from PIL import Image
 
 from data_pipeline.batch import PackedBatch, Segment, assemble
 from data_pipeline.errors import UserError
-from data_pipeline.read.images import decode, to_square
+from data_pipeline.read.images import load_square
 from data_pipeline.read.materialise import Materialiser
 from data_pipeline.samples import ImageElement, TextElement
 from data_pipeline.shards.source import ShardSource
@@ -221,7 +221,7 @@ class Scorer:
             if key not in rows:
                 raise UserError(f"evaluate.splits.{name}: candidates.json names {key}, which {folder} does not hold (rebuild the split)")
             image = next(e for e in reader.elements(0, rows[key]) if isinstance(e, ImageElement))
-            pixels[key] = to_square(decode(image.data), self.images, None)
+            pixels[key] = load_square(image.data, self.images, None)
         return items, pixels
 
     def _open(self, name: str, folder: Path) -> ShardSource:

@@ -11,11 +11,11 @@ import numpy as np
 from data_pipeline.batch import PackedBatch, Segment, assemble
 from data_pipeline.config import ImageConfig
 from data_pipeline.plan.split import Pieces
-from data_pipeline.read.images import decode, to_square
+from data_pipeline.read.images import load_square
 from data_pipeline.read.ledger import BadEntry
 from data_pipeline.read.storage import ShardReader
 from data_pipeline.samples import BadSample, Element, ImageElement, parse
-from data_pipeline.shards.source import ShardSource
+from data_pipeline.shards.source import Location, ShardSource
 from data_pipeline.shards.tar import read_members
 from data_pipeline.text.templates import Bounds, render
 from data_pipeline.text.tokenizer import Tokenizer
@@ -24,12 +24,14 @@ from data_pipeline.text.tokenizer import Tokenizer
 class Materialiser:
     """Reads pieces of a fixed list of sources; one a worker."""
 
-    def __init__(self, sources: Sequence[ShardSource], tokenizer: Tokenizer, images: ImageConfig, seed: int) -> None:
+    def __init__(
+        self, sources: Sequence[ShardSource], tokenizer: Tokenizer, images: ImageConfig, seed: int, reader: ShardReader | None = None
+    ) -> None:
         self.sources = list(sources)
         self.tokenizer = tokenizer
         self.images = images
         self.seed = seed
-        self.reader = ShardReader()
+        self.reader = reader or ShardReader()
 
     def batch(self, packs: Sequence[Pieces]) -> tuple[PackedBatch, list[BadEntry]]:
         """The packs of a micro-batch as one batch, and what had to be dropped."""
@@ -38,7 +40,8 @@ class Materialiser:
 
     def segments(self, pieces: Pieces) -> list[Segment | BadEntry]:
         """What each piece of a pack gives: its segment, or why it was dropped."""
-        return [self._segment(pieces, i) for i in range(len(pieces))]
+        data = self.reader.read_all([self._locate(pieces, i) for i in range(len(pieces))])
+        return [self._segment(pieces, i, data[i]) for i in range(len(pieces))]
 
     def assemble(self, segments: Sequence[Segment]) -> PackedBatch:
         """The segments as one batch."""
@@ -50,13 +53,19 @@ class Materialiser:
         Raises:
             BadSample: its bytes cannot be used.
         """
+        return self._parse(source, self.reader.read(self.sources[source].locate(row)))
+
+    def _parse(self, source: int, data: bytes) -> list[Element]:
         try:
-            members = read_members(self.reader.read(self.sources[source].locate(row)))
+            members = read_members(data)
         except tarfile.TarError as error:
             raise BadSample(f"unreadable tar: {error}") from None
         return parse(self.sources[source].kind, members)
 
-    def _segment(self, pieces: Pieces, i: int) -> Segment | BadEntry:
+    def _locate(self, pieces: Pieces, i: int) -> Location:
+        return self.sources[int(pieces.source[i])].locate(int(pieces.row[i]))
+
+    def _segment(self, pieces: Pieces, i: int, data: bytes | BadSample) -> Segment | BadEntry:
         source, row, epoch = int(pieces.source[i]), int(pieces.row[i]), int(pieces.epoch[i])
         bounds = Bounds(
             int(pieces.start_element[i]),
@@ -66,14 +75,16 @@ class Materialiser:
             bool(pieces.last[i]),
         )
         try:
-            elements = self.elements(source, row)
+            if isinstance(data, BadSample):
+                raise data
+            elements = self._parse(source, data)
             rendered = render(elements, bounds, self.tokenizer, self.images.tokens)
             counted = int(pieces.tokens[i]) - (0 if bounds.last else 1)
             if len(rendered.ids) != counted:
                 raise BadSample(f"sample changed since it was indexed: {len(rendered.ids)} tokens, not {counted}")
             pixels = tuple(self._pixels(elements, number, source, epoch, row) for number in rendered.images)
         except BadSample as error:
-            at = self.sources[source].locate(row)
+            at = self._locate(pieces, i)
             name = self.sources[source].name
             return BadEntry(name, at.shard.name, self.sources[source].key(row), at.offset, at.size, str(error))
         return Segment(rendered, pixels, source, row)
@@ -84,4 +95,4 @@ class Materialiser:
             raise BadSample(f"element {number} is not the image that was indexed")
         augmented = self.images.crop or self.images.jitter
         rng = np.random.default_rng([self.seed, source, epoch, row, number]) if augmented else None
-        return to_square(decode(element.data), self.images, rng)
+        return load_square(element.data, self.images, rng)

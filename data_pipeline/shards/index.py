@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.errors import TryAgainError, UserError
+from data_pipeline.read.paths import ShardPath
 from data_pipeline.samples import BadSample, Kind, TextElement, guess_kind, image_size, parse
 from data_pipeline.shards import fingerprint
-from data_pipeline.shards.tar import Damage, RawSample, walk
+from data_pipeline.shards.tar import Damage, RawSample, walk, walk_file
 from data_pipeline.text.tokenizer import Tokenizer
 
 VERSION = 2
@@ -60,12 +61,12 @@ class ShardIndex:
     table: pa.Table
 
 
-def sidecar_path(shard: Path, index_dir: Path) -> Path:
+def sidecar_path(shard: ShardPath, index_dir: Path) -> Path:
     """Where the sidecar of `shard` lies."""
     return index_dir / (shard.name.removesuffix(".tar") + SUFFIX)
 
 
-def list_shards(source: Path) -> list[Path]:
+def list_shards(source: ShardPath) -> list[ShardPath]:
     """The shards of a source in the order of their names.
 
     Raises:
@@ -79,7 +80,7 @@ def list_shards(source: Path) -> list[Path]:
     return shards
 
 
-def find_kind(shards: list[Path]) -> Kind:
+def find_kind(shards: list[ShardPath]) -> Kind:
     """The kind of a source, from its first sample that has one.
 
     Raises:
@@ -94,7 +95,7 @@ def find_kind(shards: list[Path]) -> Kind:
     raise UserError(f"no usable sample in {shards[0].parent} (pairs need an image and .txt, documents .json, text .txt; see --kind)")
 
 
-def index_shard(shard: Path, index_dir: Path, kind: Kind, tokenizer: Tokenizer, phash: bool = False) -> bool:
+def index_shard(shard: ShardPath, index_dir: Path, kind: Kind, tokenizer: Tokenizer, phash: bool = False) -> bool:
     """Writes the sidecar of one shard; returns False where a sidecar that still holds was found.
 
     With `phash`, pictures are decoded and their perceptual hashes kept, and those that do not decode are damage. A sidecar that has
@@ -161,7 +162,7 @@ def sample_digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def _facts(shard: Path, kind: Kind, tokenizer: Tokenizer) -> dict[str, Any]:
+def _facts(shard: ShardPath, kind: Kind, tokenizer: Tokenizer) -> dict[str, Any]:
     stat = shard.stat()
     return {
         "version": VERSION,
@@ -187,10 +188,10 @@ def _content_digest(table: pa.Table) -> str:
     return digest.hexdigest()
 
 
-def _rows(shard: Path, kind: Kind, tokenizer: Tokenizer, phash: bool) -> Iterator[dict[str, Any]]:
+def _rows(shard: ShardPath, kind: Kind, tokenizer: Tokenizer, phash: bool) -> Iterator[dict[str, Any]]:
     seen: set[str] = set()
     with shard.open("rb") as file:
-        for sample in walk(shard):
+        for sample in walk_file(file, shard.stat().st_size):
             if isinstance(sample, Damage):
                 yield _row(sample.key, sample.offset, 0, [], [], b"", sample.reason)
                 continue

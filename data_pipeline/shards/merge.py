@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 
 from data_pipeline.errors import UserError
 from data_pipeline.plan.columns import ELEMENT
+from data_pipeline.read.paths import ShardPath
 from data_pipeline.shards.index import OK, ShardIndex, list_shards, read_index, sidecar_path
 
 VERSION = 2
@@ -53,7 +54,7 @@ class SourceFacts:
     columns: str
 
 
-def merge(source: Path, index_dir: Path) -> SourceFacts:
+def merge(source: ShardPath, index_dir: Path) -> SourceFacts:
     """Writes `source.json`, the columns and `damaged.jsonl` from the sidecars.
 
     Raises:

@@ -17,6 +17,8 @@ import pyarrow.compute as pc
 
 from data_pipeline.errors import UserError
 from data_pipeline.plan.columns import ELEMENT
+from data_pipeline.read.paths import ShardPath, index_folder, to_path
+from data_pipeline.read.remote import Patience
 from data_pipeline.samples import Kind
 from data_pipeline.shards import selection as selections
 from data_pipeline.shards.index import read_index, sidecar_path
@@ -27,7 +29,7 @@ from data_pipeline.shards.merge import ROW, SOURCE_FILE, VERSION, SourceFacts
 class Location:
     """Where a sample's bytes lie."""
 
-    shard: Path
+    shard: ShardPath
     shard_size: int
     """Bytes of the shard when it was indexed: another size is another shard."""
     offset: int
@@ -39,15 +41,24 @@ class Location:
 class ShardSource:
     """A merged source; satisfies `data_pipeline.plan.columns.PlanSource`. Cheap to pickle: columns are opened on first use."""
 
-    def __init__(self, name: str, path: str | Path, index_dir: str | Path | None = None, selection: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        path: str | ShardPath,
+        index_dir: str | Path | None = None,
+        selection: str | Path | None = None,
+        patience: Patience | None = None,
+    ) -> None:
         """Opens the source in `path`, its index beside the shards or in `index_dir`; all its usable samples, or those of a selection.
+
+        `patience` is for remote shards.
 
         Raises:
             UserError: no such folder, or not indexed and merged; no such selection, or one of another index.
         """
         self.name = name
-        self.path = Path(path)
-        self.index_dir = Path(index_dir) if index_dir else self.path
+        self.path = to_path(path, patience)
+        self.index_dir = index_folder(self.path, index_dir)
         if not self.path.is_dir():
             raise UserError(f"data.sources.{name}.path: no such shard folder: {self.path.resolve()} (mend the path)")
         self.facts = self._read_facts()

@@ -9,7 +9,9 @@ import io
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import BinaryIO
+
+from data_pipeline.read.paths import ShardPath
 
 BLOCK = 512
 
@@ -48,52 +50,56 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def walk(path: Path) -> Iterator[RawSample | Damage]:
+def walk(path: ShardPath) -> Iterator[RawSample | Damage]:
     """The samples of a tar in order; a `Damage`, if any, comes last.
 
     Raises:
         OSError: the file system failed.
     """
-    size = path.stat().st_size
+    with path.open("rb") as file:
+        yield from walk_file(file, path.stat().st_size)
+
+
+def walk_file(file: BinaryIO, size: int) -> Iterator[RawSample | Damage]:
+    """As `walk`, of an open tar of `size` bytes; between two samples the caller may read and seek in it."""
     current: RawSample | None = None
     position = 0
-    with path.open("rb") as file:
-        try:
-            # names that are not UTF-8 must still be names that an index can hold
-            tar = tarfile.TarFile(fileobj=file, mode="r", errorlevel=1, encoding="utf-8", errors="backslashreplace")
-            while (member := tar.next()) is not None:
-                position = member.offset
-                end = tar.offset
-                tar.members.clear()  # tarfile remembers every member; a shard may hold millions
-                if member.size < 0 or end <= member.offset:
-                    yield from _flush(current)
-                    yield Damage(member.offset, f"unreadable tar: {member.name!r} has {member.size} bytes")
-                    return
-                if member.offset_data + member.size > size:
-                    cut = split_name(member.name)[0]
-                    yield from _flush(current, drop=cut)
-                    yield Damage(member.offset, f"truncated tar: {member.name!r} ends past the end of the file", cut)
-                    return
-                position = end
-                if not member.isfile():
-                    continue
-                key, extension = split_name(member.name)
-                # a second member of one name begins the key anew: two samples that share a key, side by side
-                if current is None or current.key != key or any(extension == e for e, _, _ in current.members):
-                    yield from _flush(current)
-                    current = RawSample(key, member.offset, end)
-                current.members.append((extension, member.offset_data, member.size))
-                current.end = min(end, size)
-        except _UNREADABLE as error:
-            if isinstance(error, OSError) and error.errno != errno.EINVAL:
-                raise
-            yield from _flush(current)
-            yield Damage(position, f"unreadable tar: {error}")
-            return
+    try:
+        # names that are not UTF-8 must still be names that an index can hold
+        tar = tarfile.TarFile(fileobj=file, mode="r", errorlevel=1, encoding="utf-8", errors="backslashreplace")
+        while (member := tar.next()) is not None:
+            position = member.offset
+            end = tar.offset
+            tar.members.clear()  # tarfile remembers every member; a shard may hold millions
+            if member.size < 0 or end <= member.offset:
+                yield from _flush(current)
+                yield Damage(member.offset, f"unreadable tar: {member.name!r} has {member.size} bytes")
+                return
+            if member.offset_data + member.size > size:
+                cut = split_name(member.name)[0]
+                yield from _flush(current, drop=cut)
+                yield Damage(member.offset, f"truncated tar: {member.name!r} ends past the end of the file", cut)
+                return
+            position = end
+            if not member.isfile():
+                continue
+            key, extension = split_name(member.name)
+            # a second member of one name begins the key anew: two samples that share a key, side by side
+            if current is None or current.key != key or any(extension == e for e, _, _ in current.members):
+                yield from _flush(current)
+                current = RawSample(key, member.offset, end)
+            current.members.append((extension, member.offset_data, member.size))
+            current.end = min(end, size)
+    except _UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         yield from _flush(current)
-        reason = _judge_end(file, position)
-        if reason:
-            yield Damage(position, reason)
+        yield Damage(position, f"unreadable tar: {error}")
+        return
+    yield from _flush(current)
+    reason = _judge_end(file, position)
+    if reason:
+        yield Damage(position, reason)
 
 
 def read_members(data: bytes) -> dict[str, bytes]:
@@ -117,7 +123,7 @@ def _flush(sample: RawSample | None, drop: str | None = None) -> Iterator[RawSam
         yield sample
 
 
-def _judge_end(file: io.BufferedReader, position: int) -> str | None:
+def _judge_end(file: BinaryIO, position: int) -> str | None:
     """What is wrong at the place where tarfile found no further member; None at an end marker with nothing behind it."""
     file.seek(position)
     tail = file.read(BLOCK)

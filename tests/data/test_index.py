@@ -232,7 +232,7 @@ def test_a_shard_that_cannot_be_read_now_is_not_damage(pairs, monkeypatch):
     def fail(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(index_module, "walk", fail)
+    monkeypatch.setattr(index_module, "walk_file", fail)
     with pytest.raises(TryAgainError, match="Input/output error"):
         index_shard(pairs, pairs.parent, Kind.pair, TOKENIZER)
     assert not sidecar_path(pairs, pairs.parent).exists()

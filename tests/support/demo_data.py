@@ -1,5 +1,6 @@
 """The demo as a training run sees it: its `data` section, and batches taken apart into segments that can be compared."""
 
+import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -10,6 +11,7 @@ from data_pipeline.config import DataConfig, ImageConfig, MixUnit, SourceConfig
 from data_pipeline.loader import Loader, StepData, open_data
 from data_pipeline.plan.balance import CostModel
 from data_pipeline.plan.plan import Cursor
+from data_pipeline.read.ledger import BadEntry
 
 SEED = 3
 COSTS = CostModel(token=10, attention=1, image=500)
@@ -87,3 +89,13 @@ def same_step(a: StepData, b: StepData) -> bool:
     if (a.step, a.cursor, a.progress, len(a.micro_batches)) != (b.step, b.cursor, b.progress, len(b.micro_batches)):
         return False
     return all(same_batch(x.batch, y.batch) and x.bad == y.bad for x, y in zip(a.micro_batches, b.micro_batches, strict=True))
+
+
+def read_rank(config: DataConfig, rank: int, ranks: int) -> list[tuple[list[tuple[int, int, str]], list[BadEntry]]]:
+    """One rank's whole run, to be called in a process of its own: by step its segments (source, row, digest) and what it dropped."""
+    return [([digest(s) for m in step.micro_batches for s in segments_of(m.batch)], step.bad) for step in run(config, rank, ranks)]
+
+
+def digest(segment: SegmentView) -> tuple[int, int, str]:
+    """A segment with all its ids, targets and pixels, in short."""
+    return segment.source, segment.sample, hashlib.sha256(repr(segment).encode()).hexdigest()
