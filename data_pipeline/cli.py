@@ -41,7 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     index = commands.add_parser("index", help="write a sidecar index beside each shard", description=_INDEX)
     index.add_argument("source", type=Path, help="folder that holds the .tar shards")
     index.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json; lengths are counted with it")
-    index.add_argument("--kind", choices=("pair", "document", "text"), help="what the samples are; guessed from the first one if not given")
+    index.add_argument(
+        "--kind", choices=("pair", "document", "conversation", "text"), help="what the samples are; guessed from the first one if not given"
+    )
     index.add_argument("--workers", type=int, default=1, metavar="N", help="shards at once (default 1)")
     index.add_argument("--task", default="0/1", metavar="I/N", help="only the I-th of N shares of the shards, I from 0: for job arrays")
     index.add_argument("--index-dir", type=Path, help="where the index goes if the shards' folder is read-only")

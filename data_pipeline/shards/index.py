@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.errors import TryAgainError, UserError
-from data_pipeline.samples import BadSample, Kind, TextElement, guess_kind, image_size, parse
+from data_pipeline.samples import BadSample, ImageElement, Kind, guess_kind, image_size, parse
 from data_pipeline.shards.tar import Damage, RawSample, walk
+from data_pipeline.text.templates import encode
 from data_pipeline.text.tokenizer import Tokenizer
 
 VERSION = 1
@@ -75,12 +76,16 @@ def find_kind(shards: list[Path]) -> Kind:
         UserError: no sample looks like anything known.
     """
     for shard in shards:
-        for sample in walk(shard):
-            if isinstance(sample, RawSample):
-                kind = guess_kind({extension for extension, _, _ in sample.members})
-                if kind is not None:
-                    return kind
-    raise UserError(f"no usable sample in {shards[0].parent} (pairs need an image and .txt, documents .json, text .txt; see --kind)")
+        with shard.open("rb") as file:
+            for sample in walk(shard):
+                if isinstance(sample, RawSample):
+                    file.seek(sample.offset)
+                    kind = guess_kind(_members(sample, file.read(sample.end - sample.offset)))
+                    if kind is not None:
+                        return kind
+    raise UserError(
+        f"no usable sample in {shards[0].parent} (pairs need an image and .txt, documents and conversations .json, text .txt; see --kind)"
+    )
 
 
 def index_shard(shard: Path, index_dir: Path, kind: Kind, tokenizer: Tokenizer) -> bool:
@@ -208,12 +213,16 @@ def _row(key: str, offset: int, size: int, members: list[Any], elements: list[An
 
 def _elements(kind: Kind, sample: RawSample, data: bytes, tokenizer: Tokenizer) -> list[dict[str, int]]:
     """Length of each text element, size of each image; each text is tokenised alone, so that lengths add up."""
-    members = {e: data[o - sample.offset : o - sample.offset + s] for e, o, s in sample.members}
     found = []
-    for element in parse(kind, members):
-        if isinstance(element, TextElement):
-            found.append({"tokens": len(tokenizer.encode(element.text)), "width": 0, "height": 0})
-        else:
+    for element in parse(kind, _members(sample, data)):
+        if isinstance(element, ImageElement):
             width, height = image_size(element.data)
             found.append({"tokens": 0, "width": width, "height": height})
+        else:
+            found.append({"tokens": len(encode(element, tokenizer)), "width": 0, "height": 0})
     return found
+
+
+def _members(sample: RawSample, data: bytes) -> dict[str, bytes]:
+    """Members by extension, from the bytes of the sample's range."""
+    return {e: data[o - sample.offset : o - sample.offset + s] for e, o, s in sample.members}
