@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from data_pipeline.errors import EXIT_DONE, TryAgainError, UserError
+from data_pipeline.importers.command import DESCRIPTION, add_layouts
 
 
 def command_line(run: Callable[[], int]) -> int:
@@ -26,8 +27,17 @@ def command_line(run: Callable[[], int]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
+    sys.exit(command_line(lambda: command(argv)))
+
+
+def command(argv: Sequence[str] | None) -> int:
+    """Runs one command in this process; returns its exit code.
+
+    Raises:
+        UserError, TryAgainError: as the command does.
+    """
     args = _parser().parse_args(argv)
-    sys.exit(command_line(lambda: args.run(args)))
+    return args.run(args)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,6 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument("--task", default="0/1", metavar="I/N", help="only the I-th of N shares of the shards, I from 0: for job arrays")
     index.add_argument("--index-dir", type=Path, help="where the index goes if the shards' folder is read-only")
     index.set_defaults(run=_index)
+
+    foreign = commands.add_parser("import", help="write foreign data as shards", description=DESCRIPTION)
+    add_layouts(foreign)
+    foreign.set_defaults(run=_import)
 
     merge = commands.add_parser("merge", help="make an indexed source ready to train on", description=_MERGE)
     merge.add_argument("source", type=Path, help="folder that holds the .tar shards")
@@ -107,9 +121,17 @@ def _task(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
+def _import(args: argparse.Namespace) -> int:
+    from data_pipeline.importers.command import run
+
+    return run(args, *_task(args.task), command)
+
+
 def _merge(args: argparse.Namespace) -> int:
     from data_pipeline.shards.merge import merge
+    from data_pipeline.shards.write import require_whole
 
+    require_whole(args.source)
     facts = merge(args.source, args.index_dir or args.source)
     print(f"{args.source}: {facts.kept} of {facts.samples} samples, {facts.text_tokens} text tokens, {facts.images} images")
     for reason, count in sorted(facts.damaged.items(), key=lambda item: -item[1]):

@@ -19,7 +19,7 @@ from data_pipeline.configure import load_data_view
 from data_pipeline.loader import open_data
 from data_pipeline.read.materialise import Materialiser
 
-COMMANDS = ("index", "merge", "stats", "preview")
+COMMANDS = ("index", "merge", "stats", "preview", "import")
 
 
 @pytest.fixture
