@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import EXIT_DONE, EXIT_NEEDS_PERSON, TryAgainError, UserError
+from data_pipeline.importers.command import DESCRIPTION, add_layouts
 from data_pipeline.shards import query
 
 if TYPE_CHECKING:
@@ -32,6 +33,15 @@ def command_line(run: Callable[[], int]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
+    sys.exit(command_line(lambda: command(argv)))
+
+
+def command(argv: Sequence[str] | None) -> int:
+    """Runs one command in this process; returns its exit code.
+
+    Raises:
+        UserError, TryAgainError: as the command does.
+    """
     args, rest = _parser().parse_known_args(argv)
     if hasattr(args, "overrides"):  # argparse leaves what comes after an option
         args.overrides += [r for r in rest if not r.startswith("-")]
@@ -39,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if rest:
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     args.command = shlex.join(["xc-data", *(sys.argv[1:] if argv is None else argv)])
-    sys.exit(command_line(lambda: args.run(args)))
+    return args.run(args)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,12 +63,18 @@ def _parser() -> argparse.ArgumentParser:
     index = commands.add_parser("index", help="write a sidecar index beside each shard", description=_INDEX)
     index.add_argument("source", help="folder that holds the .tar shards, or its URL (http(s)://, s3://, gs://)")
     index.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json; lengths are counted with it")
-    index.add_argument("--kind", choices=("pair", "document", "text"), help="what the samples are; guessed from the first one if not given")
+    index.add_argument(
+        "--kind", choices=("pair", "document", "conversation", "text"), help="what the samples are; guessed from the first one if not given"
+    )
     index.add_argument("--workers", type=int, default=1, metavar="N", help="shards at once (default 1)")
     index.add_argument("--task", default="0/1", metavar="I/N", help="only the I-th of N shares of the shards, I from 0: for job arrays")
     index.add_argument("--index-dir", type=Path, help="where the index goes if the shards' folder is read-only or remote")
     index.add_argument("--phash", action="store_true", help="decode the images and keep perceptual hashes, for select --unique near-image")
     index.set_defaults(run=_index)
+
+    foreign = commands.add_parser("import", help="write foreign data as shards", description=DESCRIPTION)
+    add_layouts(foreign)
+    foreign.set_defaults(run=_import)
 
     merge = commands.add_parser("merge", help="make an indexed source ready to train on", description=_MERGE)
     merge.add_argument("source", help="folder that holds the .tar shards, or its URL")
@@ -190,11 +206,20 @@ def _task(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
+def _import(args: argparse.Namespace) -> int:
+    from data_pipeline.importers.command import run
+
+    return run(args, *_task(args.task), command)
+
+
 def _merge(args: argparse.Namespace) -> int:
     from data_pipeline.read.paths import index_folder, to_path
     from data_pipeline.shards.merge import merge
+    from data_pipeline.shards.write import require_whole
 
     source = to_path(args.source)
+    if isinstance(source, Path):
+        require_whole(source)
     facts = merge(source, index_folder(source, args.index_dir))
     print(f"{args.source}: {facts.kept} of {facts.samples} samples, {facts.text_tokens} text tokens, {facts.images} images")
     for reason, count in sorted(facts.damaged.items(), key=lambda item: -item[1]):

@@ -13,6 +13,8 @@ from typing import Any
 from PIL import Image
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+PLACEHOLDER = "<ImageHere>"
+"""Where an image of a conversation stands in its text: plain words in the data, never a token."""
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """What is decoded, whatever a member calls itself: no format whose decoder starts a program (EPS), none that nobody publishes."""
 PIXEL_LIMIT = 178_000_000
@@ -24,6 +26,7 @@ class Kind(Enum):
 
     pair = "pair"  # K.jpg|jpeg|png|webp + K.txt (+ K.json), as img2dataset writes it
     document = "document"  # K.json with parallel lists `texts` and `images` (OBELICS) + K.0.jpg, ...
+    conversation = "conversation"  # K.json with `conversations` (`from`, `value` with <ImageHere>) + K.0.jpg, ...
     text = "text"  # K.txt
 
 
@@ -31,11 +34,24 @@ class BadSample(Exception):  # noqa: N818  a fact about data, not a fault of the
     """The sample cannot be used, now or on any later read; the message says why."""
 
 
+class Role(Enum):
+    """Whose turn it is in a conversation."""
+
+    user = "user"
+    assistant = "assistant"
+
+
+ROLES = {"user": Role.user, "human": Role.user, "assistant": Role.assistant, "gpt": Role.assistant, "bot": Role.assistant}
+"""By what the data call them, in lower case; `bot` stands in the official fine-tuning examples."""
+
+
 @dataclass(frozen=True)
 class TextElement:
     """A run of words."""
 
     text: str
+    supervised: bool = True
+    """Words to learn; those of a user are only read."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +61,27 @@ class ImageElement:
     data: bytes
 
 
-Element = TextElement | ImageElement
+@dataclass(frozen=True)
+class TurnElement:
+    """A border between turns of a conversation, never supervised; which tokens it has is the template's affair."""
+
+    before: Role | None
+    """Whose turn ends; None before the first."""
+    after: Role | None
+    """Whose turn begins; None after the last."""
+
+
+@dataclass(frozen=True)
+class AnswerEndElement:
+    """The end of an assistant's turn, supervised as its words are: the model learns to stop."""
+
+    last: bool
+    """Nothing follows but the end of the sample."""
+
+
+MarkerElement = TurnElement | AnswerEndElement
+"""What stands between the words of a conversation; counts tokens as a text does."""
+Element = TextElement | ImageElement | MarkerElement
 
 
 def parse(kind: Kind, members: Mapping[str, bytes]) -> list[Element]:
@@ -65,15 +101,20 @@ def parse(kind: Kind, members: Mapping[str, bytes]) -> list[Element]:
         return [ImageElement(image), TextElement(_text(members, "txt"))]
     if kind is Kind.text:
         return [TextElement(_text(members, "txt"))]
-    return _document(members)
+    return _conversation(members) if kind is Kind.conversation else _document(members)
 
 
-def guess_kind(extensions: set[str]) -> Kind | None:
+def guess_kind(members: Mapping[str, bytes]) -> Kind | None:
     """The kind of a sample with these members, or None where no kind fits."""
-    has_image = any(e.rpartition(".")[2] in IMAGE_EXTENSIONS for e in extensions)
-    if "txt" in extensions:
+    has_image = any(_is_image(e) for e in members)
+    if "txt" in members:
         return Kind.pair if has_image else Kind.text
-    return Kind.document if "json" in extensions else None
+    if "json" not in members:
+        return None
+    try:
+        return Kind.conversation if "conversations" in _json(members) else Kind.document
+    except BadSample:
+        return Kind.document
 
 
 def image_size(data: bytes) -> tuple[int, int]:
@@ -118,6 +159,61 @@ def _document(members: Mapping[str, bytes]) -> list[Element]:
     if not any(isinstance(e, TextElement) for e in elements):
         raise BadSample("empty document: no text")
     return elements
+
+
+def _conversation(members: Mapping[str, bytes]) -> list[Element]:
+    turns = _json(members).get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise BadSample("json wrong: `conversations` must be a list of turns")
+    images = _numbered_images(members)
+    spoken = [_turn(i, turn) for i, turn in enumerate(turns)]
+    placeholders = sum(value.count(PLACEHOLDER) for _, value in spoken)
+    unplaced = placeholders == 0 and len(images) == 1  # the official code puts a single image first where no placeholder says otherwise
+    if placeholders != len(images) and not unplaced:
+        raise BadSample(f"json wrong: {placeholders} {PLACEHOLDER} for {len(images)} images")
+    if not any(role is Role.assistant and value.replace(PLACEHOLDER, "").strip() for role, value in spoken):
+        raise BadSample("empty conversation: no answer")
+    elements: list[Element] = [ImageElement(images[0])] if unplaced else []
+    rest, before = iter(images), None
+    for number, (role, value) in enumerate(spoken, 1):
+        elements.append(TurnElement(before, role))
+        for i, text in enumerate(value.split(PLACEHOLDER)):
+            if i:
+                elements.append(ImageElement(next(rest)))
+            if text:
+                elements.append(TextElement(text, supervised=role is Role.assistant))
+        if role is Role.assistant:
+            elements.append(AnswerEndElement(last=number == len(spoken)))
+        before = role
+    return [*elements, TurnElement(before, None)] if before is Role.user else elements
+
+
+def _turn(number: int, turn: Any) -> tuple[Role, str]:
+    """Who speaks and what, as it stands between the markers."""
+    if not isinstance(turn, dict) or not isinstance(turn.get("from"), str) or not isinstance(turn.get("value"), str):
+        raise BadSample(f"json wrong: conversations[{number}] needs the texts `from` and `value`")
+    role = ROLES.get(turn["from"].lower())
+    if role is None:
+        raise BadSample(f"json wrong: conversations[{number}] is from {turn['from'][:40]!r}, not one of {', '.join(ROLES)}")
+    if not _is_unicode(turn["value"]):
+        raise BadSample(f"text is not Unicode: half a surrogate pair in conversations[{number}]")
+    return role, turn["value"].strip()
+
+
+def _numbered_images(members: Mapping[str, bytes]) -> list[bytes]:
+    """The images `0.jpg`, `1.png`, ... in the order of their numbers, none missing; one that stands alone needs no number."""
+    named = [e for e in members if _is_image(e)]
+    if len(named) == 1 and "." not in named[0]:
+        return [members[named[0]]]
+    by_number = {e.rpartition(".")[0]: members[e] for e in named}
+    missing = [str(i) for i in range(len(named)) if str(i) not in by_number]
+    if missing:
+        raise BadSample(f"missing member: image {missing[0]} of {len(named)}")
+    return [by_number[str(i)] for i in range(len(named))]
+
+
+def _is_image(extension: str) -> bool:
+    return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
 
 
 def _is_unicode(text: str) -> bool:

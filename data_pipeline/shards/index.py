@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 
 from data_pipeline.errors import TryAgainError, UserError
 from data_pipeline.read.paths import ShardPath
-from data_pipeline.samples import BadSample, Kind, TextElement, guess_kind, image_size, parse
+from data_pipeline.samples import BadSample, ImageElement, Kind, TextElement, guess_kind, image_size, parse
 from data_pipeline.shards import fingerprint
-from data_pipeline.shards.tar import Damage, RawSample, walk, walk_file
+from data_pipeline.shards.tar import Damage, RawSample, walk_file
+from data_pipeline.text.templates import encode
 from data_pipeline.text.tokenizer import Tokenizer
 
 VERSION = 2
@@ -87,12 +88,16 @@ def find_kind(shards: list[ShardPath]) -> Kind:
         UserError: no sample looks like anything known.
     """
     for shard in shards:
-        for sample in walk(shard):
-            if isinstance(sample, RawSample):
-                kind = guess_kind({extension for extension, _, _ in sample.members})
-                if kind is not None:
-                    return kind
-    raise UserError(f"no usable sample in {shards[0].parent} (pairs need an image and .txt, documents .json, text .txt; see --kind)")
+        with shard.open("rb") as file:
+            for sample in walk_file(file, shard.stat().st_size):
+                if isinstance(sample, RawSample):
+                    file.seek(sample.offset)
+                    kind = guess_kind(_members(sample, file.read(sample.end - sample.offset)))
+                    if kind is not None:
+                        return kind
+    raise UserError(
+        f"no usable sample in {shards[0].parent} (pairs need an image and .txt, documents and conversations .json, text .txt; see --kind)"
+    )
 
 
 def index_shard(shard: ShardPath, index_dir: Path, kind: Kind, tokenizer: Tokenizer, phash: bool = False) -> bool:
@@ -226,15 +231,19 @@ def _row(key: str, offset: int, size: int, members: list[Any], elements: list[An
 
 def _elements(kind: Kind, sample: RawSample, data: bytes, tokenizer: Tokenizer, phash: bool) -> list[dict[str, Any]]:
     """Length of each text element, size of each image, and their fingerprints; each text is tokenised alone, so that lengths add up."""
-    members = {e: data[o - sample.offset : o - sample.offset + s] for e, o, s in sample.members}
     found = []
-    for element in parse(kind, members):
-        if isinstance(element, TextElement):
-            tokens = len(tokenizer.encode(element.text))
-            found.append({"tokens": tokens, "width": 0, "height": 0, "digest": fingerprint.text_digest(element.text)})
-        else:
+    for element in parse(kind, _members(sample, data)):
+        if isinstance(element, ImageElement):
             width, height = image_size(element.data)
             looks = fingerprint.phash(element.data) if phash else None
             digest = fingerprint.image_digest(element.data)
             found.append({"tokens": 0, "width": width, "height": height, "digest": digest, "phash": looks})
+        else:
+            digest = fingerprint.text_digest(element.text) if isinstance(element, TextElement) else None
+            found.append({"tokens": len(encode(element, tokenizer)), "width": 0, "height": 0, "digest": digest})
     return found
+
+
+def _members(sample: RawSample, data: bytes) -> dict[str, bytes]:
+    """Members by extension, from the bytes of the sample's range."""
+    return {e: data[o - sample.offset : o - sample.offset + s] for e, o, s in sample.members}

@@ -18,7 +18,10 @@ COLUMNS = {
         "list_max([greatest(e.width / e.height, e.height / e.width) for e in elements if e.width > 0])",
         "long side by short side, the largest of all images",
     ),
-    "text_digests": ("[lower(hex(e.digest)) for e in elements if e.width = 0]", "of each text's words (case, spaces, NFKC do not count)"),
+    "text_digests": (
+        "[lower(hex(e.digest)) for e in elements if e.width = 0 and e.digest is not null]",
+        "of each text's words (case, spaces, NFKC do not count)",
+    ),
     "image_digests": ("[lower(hex(e.digest)) for e in elements if e.width > 0]", "of each image's bytes"),
     "phashes": ("[e.phash for e in elements if e.width > 0]", "64-bit perceptual hash of each image, if indexed with --phash"),
 }

@@ -1,7 +1,8 @@
 """How a sample reads: begin, elements in order, end; and which of its tokens are supervised.
 
-Invariant: rendering costs exactly the tokens that the plan counted: `OVERHEAD` and the elements' own lengths.
-One format serves pairs, documents and plain text: image positions are never targets, every word and the end are.
+Invariant: rendering costs exactly the tokens that the plan counted: `OVERHEAD` and the elements' own lengths, each encoded alone by
+`encode`, which the index uses too. Image positions are never targets. Of pairs, documents and plain text every word and the end are;
+of conversations what the assistant says, and that it stops.
 """
 
 from collections.abc import Sequence
@@ -9,13 +10,61 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.samples import BadSample, Element, TextElement
+from data_pipeline.samples import AnswerEndElement, BadSample, Element, ImageElement, MarkerElement, Role, TextElement, TurnElement
 from data_pipeline.text.tokenizer import Tokenizer
 
 OVERHEAD = 2
 """Begin and end token; a piece that does not end its sample has no end token and stays one under its count."""
 VERSION = "plain-1"
-"""Part of the plan digest: another way to render is another batch."""
+"""Part of the plan digest: another way to render is another batch. Where lengths change too, so must the index's version."""
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """What stands around the turns of a conversation, special tokens written out."""
+
+    user: str
+    """Opens a user's turn."""
+    assistant: str
+    """Opens an assistant's turn."""
+    end_user: str
+    """Closes a user's turn."""
+    end_answer: str
+    """Closes an assistant's turn; supervised."""
+    after_answer: str
+    """Follows `end_answer` where another turn comes; not supervised."""
+    end_last: str
+    """Closes the last turn, if an assistant's, before the end token; supervised."""
+
+
+def _turn_tokens(begin: str, end: str) -> ChatFormat:
+    return ChatFormat(f"{begin}user\n", f"{begin}assistant\n", f"{end}\n", end, "\n", f"{end}\n")
+
+
+TURN_TOKENS = (("[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_145]"), ("<|im_start|>", "<|im_end|>"))
+"""Begin and end of a turn: as InternLM-XComposer2 calls them, and as InternLM2-Chat and others do."""
+PLAIN = ChatFormat("User:\n", "Assistant:\n", "\n", "</s>", "\n", "")
+"""For vocabularies that have neither: an answer ends as a text does."""
+
+
+def chat_format(tokenizer: Tokenizer) -> ChatFormat:
+    """The first format whose tokens the vocabulary has; the tokenizer's digest therefore covers the choice."""
+    return next((_turn_tokens(*pair) for pair in TURN_TOKENS if all(map(tokenizer.knows, pair))), PLAIN)
+
+
+def encode(element: TextElement | MarkerElement, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of one element that is no image, whatever stands beside it."""
+    if isinstance(element, TextElement):
+        return tokenizer.encode(element.text)
+    return tokenizer.encode_template(_words(element, chat_format(tokenizer)))
+
+
+def _words(marker: MarkerElement, chat: ChatFormat) -> str:
+    if isinstance(marker, AnswerEndElement):
+        return chat.end_last if marker.last else chat.end_answer
+    closing = {None: "", Role.user: chat.end_user, Role.assistant: chat.after_answer}
+    opening = {None: "", Role.user: chat.user, Role.assistant: chat.assistant}
+    return closing[marker.before] + opening[marker.after]
 
 
 @dataclass(frozen=True)
@@ -60,18 +109,22 @@ def render(elements: Sequence[Element], bounds: Bounds, tokenizer: Tokenizer, im
         raise BadSample(f"sample has {len(elements)} elements, the index says at least {stop}")
     for number in range(bounds.start_element, stop):
         element = elements[number]
-        if isinstance(element, TextElement):
-            first = bounds.start_offset if number == bounds.start_element else 0
-            last = bounds.end_offset if number == bounds.end_element else None
-            tokens = tokenizer.encode(element.text)[first:last]
-            ids += tokens
-            supervised += [True] * len(tokens)
-        else:
+        if isinstance(element, ImageElement):
             positions += range(len(ids), len(ids) + image_tokens)
             ids += [tokenizer.end] * image_tokens
             supervised += [False] * image_tokens
             images.append(number)
+        else:
+            first = bounds.start_offset if number == bounds.start_element else 0
+            last = bounds.end_offset if number == bounds.end_element else None
+            tokens = encode(element, tokenizer)[first:last]
+            ids += tokens
+            supervised += [_is_learnt(element)] * len(tokens)
     if bounds.last:
         ids.append(tokenizer.end)
-        supervised.append(True)
+        supervised.append(not isinstance(elements[-1], TurnElement))  # nobody answered: nothing was said that could end
     return Rendered(np.asarray(ids, np.int64), np.asarray(supervised, bool), np.asarray(positions, np.int64), tuple(images))
+
+
+def _is_learnt(element: TextElement | MarkerElement) -> bool:
+    return element.supervised if isinstance(element, TextElement) else isinstance(element, AnswerEndElement)

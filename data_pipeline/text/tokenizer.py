@@ -41,10 +41,26 @@ class Tokenizer:
         self.special = {i: t.content for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
         """Special tokens by id."""
         self.size: int = self._tokenizer.get_vocab_size()
+        self._template_ids: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, no special tokens added."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_template(self, text: str) -> list[int]:
+        """Ids of a template's own words, in which special tokens are special; never for words out of data."""
+        if text not in self._template_ids:  # templates are few
+            self._tokenizer.encode_special_tokens = False
+            try:
+                self._template_ids[text] = self.encode(text)
+            finally:
+                self._tokenizer.encode_special_tokens = True
+        return self._template_ids[text]
+
+    def knows(self, token: str) -> bool:
+        """Whether `token` is one token where a template writes it."""
+        found = self._tokenizer.token_to_id(token)
+        return found is not None and self.encode_template(token) == [found]
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, special tokens left out."""

@@ -19,7 +19,7 @@ from data_pipeline.configure import load_data_view
 from data_pipeline.loader import open_data
 from data_pipeline.read.materialise import Materialiser
 
-COMMANDS = ("index", "merge", "stats", "verify", "select", "ledger", "preview", "replay", "simulate")
+COMMANDS = ("index", "merge", "stats", "verify", "select", "ledger", "preview", "replay", "simulate", "import")
 
 
 @pytest.fixture

@@ -40,6 +40,12 @@ def make_document(key: str, parts: Sequence[str | bytes]) -> list[tuple[str, byt
     return [(f"{key}.json", json.dumps(value).encode()), *pictures]
 
 
+def make_conversation(key: str, turns: Sequence[tuple[str, str]], images: Sequence[bytes]) -> list[tuple[str, bytes]]:
+    """Members of a conversation: who says what, with <ImageHere> where an image stands, and its encoded pictures."""
+    value = {"conversations": [{"from": who, "value": what} for who, what in turns]}
+    return [(f"{key}.json", json.dumps(value).encode()), *((f"{key}.{i}.png", image) for i, image in enumerate(images))]
+
+
 def member_offsets(path: Path) -> list[tuple[str, int, int]]:
     """(name, offset of the header, end of the data without padding) of each member."""
     with tarfile.open(path) as tar:
