@@ -188,9 +188,9 @@ def test_a_small_source_that_repeats_inside_a_window_is_reported() -> None:
     given = ingredients()
     given |= {"sources": [text_source("large", 10**6), text_source("small", 10)], "weights": [Fraction(99), Fraction(1)], "window": 65_536}
     plan = Plan(**given)
-    assert plan.draws == 65_536
+    assert plan.phases[0].draws == 65_536
     assert plan.repeats == {"small": Fraction(65_536, 1_000)}
-    assert Plan(**{**given, "weights": [Fraction(9), Fraction(1)]}).draws == 100
+    assert Plan(**{**given, "weights": [Fraction(9), Fraction(1)]}).phases[0].draws == 100
 
 
 CHANGES = {
