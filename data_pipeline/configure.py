@@ -26,20 +26,26 @@ class _Run:
 
 
 @dataclass
+class _Train:
+    steps: int | None = None
+
+
+@dataclass
 class DataView:
     """What this package reads of a stage's YAML."""
 
     run: _Run = field(default_factory=_Run)
+    train: _Train = field(default_factory=_Train)
     data: DataConfig = field(default_factory=DataConfig)
 
 
 def load_data_view(path: Path, overrides: Sequence[str] = ()) -> DataView:
-    """The `data` section and the seed of a stage's YAML.
+    """The `data` section, the seed and the length in steps of a stage's YAML.
 
     Raises:
         UserError: what is wrong, where, and the cure.
     """
-    return load(DataView, path, overrides, keep=("data", "run.seed"))
+    return load(DataView, path, overrides, keep=("data", "run.seed", "train.steps"))
 
 
 def load(schema: type[Schema], path: str | Path, overrides: Sequence[str] = (), keep: Sequence[str] = ()) -> Schema:

@@ -84,7 +84,7 @@ def write_preview(config: Path, overrides: list[str], packs: int, output: Path) 
     if packs < 1:
         raise UserError(f"--packs {packs} shows nothing (ask for at least 1)")
     view = load_data_view(config, overrides)
-    data = open_data(view.data, view.run.seed)
+    data = open_data(view.data, view.run.seed, view.train.steps)
     materialiser = Materialiser(data.sources, data.tokenizer, view.data.images, view.run.seed)
     shown = [_pack_view(materialiser, at, pieces) for at, pieces in _first_packs(data.plan, packs)]
     page = _page(config, view.data, view.run.seed, data, shown)

@@ -29,10 +29,9 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Place:
-    """A cursor as draws by source: enough to go on where the plan that it belongs to can no longer be built."""
+class Drawn:
+    """Draws by source around a cursor: enough to go on where the plan that drew them can no longer be built."""
 
-    cursor: Cursor
     before: Mapping[str, int]
     """Draws before the cursor's window."""
     after: Mapping[str, int]
@@ -40,32 +39,30 @@ class Place:
     digests: Mapping[str, str]
     """Digest of each source."""
 
-    def origin(self, step: int, repeat: bool) -> Origin:
+    def origin(self, cursor: Cursor, step: int, repeat: bool) -> Origin:
         """Where the next plan takes over: at the cursor's window, which is drawn again, or (`repeat` false) after it.
 
         A cursor between two windows interrupts none, and the choice makes no difference. `step` counts the steps done.
         """
-        if self.cursor.pack and not repeat:
-            return Origin(self.cursor.window + 1, step, self.after)
-        return Origin(self.cursor.window, step, self.before)
+        if cursor.pack and not repeat:
+            return Origin(cursor.window + 1, step, self.after)
+        return Origin(cursor.window, step, self.before)
 
-    def change(self, repeat: bool, digests: Mapping[str, str]) -> str:
+    def change(self, cursor: Cursor, repeat: bool, digests: Mapping[str, str]) -> str:
         """What going on with the sources `digests` means for the data, in one line."""
-        window, pack = self.cursor.window, self.cursor.pack
-        draws = {name: n for name in self.after if (n := self.after[name] - self.before.get(name, 0))}
-        drawn = ", ".join(f"{name} {n}" for name, n in draws.items())
-        if not pack:
-            said = [f"it takes over between windows, at {window}: nothing is repeated or skipped"]
+        counts = {name: after - self.before.get(name, 0) for name, after in self.after.items()}
+        window = f"window {cursor.window} ({', '.join(f'{name} {n}' for name, n in counts.items() if n)} samples)"
+        if not cursor.pack:
+            said = [f"it takes over between windows, at {cursor.window}: nothing is repeated or skipped"]
         elif repeat:
-            said = [f"window {window} ({drawn} samples) is drawn again: what its first {pack} packs held is repeated"]
+            said = [f"{window} is drawn again: what its first {cursor.pack} packs held is repeated"]
         else:
-            said = [f"window {window} ({drawn} samples) is left after {pack} packs: what its other packs held is skipped"]
+            said = [f"{window} is left after {cursor.pack} packs: what its other packs held is skipped"]
         for name, digest in digests.items():
             if name not in self.digests:
                 said.append(f"{name} goes on after {self.before[name]} draws" if name in self.before else f"{name} is new")
             elif self.digests[name] != digest:
                 said.append(f"the samples of {name} changed: some may come twice in an epoch, others not at all")
-        said += [
-            f"{name} stops after {(self.before if repeat else self.after)[name]} draws" for name in self.digests if name not in digests
-        ]
+        kept = self.origin(cursor, 0, repeat).ordinals
+        said += [f"{name} stops after {kept[name]} draws" for name in self.digests if name not in digests]
         return "; ".join(said)

@@ -17,7 +17,7 @@ import numpy as np
 from data_pipeline.plan import mix, phases
 from data_pipeline.plan.columns import Budgets, ImagePolicy, PlanSource
 from data_pipeline.plan.order import PACK_KEY, EpochOrder, keyed_hash, sorting_permutation
-from data_pipeline.plan.origin import Cursor, Origin, Place
+from data_pipeline.plan.origin import Cursor, Drawn, Origin
 from data_pipeline.plan.pack import pack
 from data_pipeline.plan.phases import Phase, PlannedPhase, Quotas
 from data_pipeline.plan.split import Pieces, split
@@ -126,12 +126,12 @@ class Plan:
         self._orders = [EpochOrder(source, seed, source_id(source.name)) for source in sources]
         self._cache: dict[int, Window] = {}
         self._cache_lock, self._planning = Lock(), Lock()
-        self._drawn = [origin.ordinals.get(source.name, 0) for source in sources]
+        self._base = [origin.ordinals.get(source.name, 0) for source in sources]
         begun = [phase.weights for phase in later if steps is not None and phase.at * steps <= origin.step]
-        self._quotas = Quotas(self._drawn, self._phase(origin.window, [tuple(weights), *begun][-1]))
+        self._drawn = Quotas(self._base, self._phase(origin.window, [tuple(weights), *begun][-1]))
         if unit == "epochs":
             sizes = [order.samples for order in self._orders]
-            self.windows = origin.window + mix.epoch_windows(weights, sizes, self.phases[0].draws, self._drawn)
+            self.windows = origin.window + mix.epoch_windows(weights, sizes, self.phases[0].draws, self._base)
         if steps is not None:
             self._place(later[len(begun) :], steps)
         self.digest = _digest(self, weights, extra_digest)
@@ -140,7 +140,7 @@ class Plan:
     @property
     def phases(self) -> list[PlannedPhase]:
         """Windows with constant rates; one phase, unless the mix changes."""
-        return self._quotas.phases
+        return self._drawn.phases
 
     def window(self, w: int) -> Window:
         """Window w, counted from the start of the run; IndexError before the origin or past the end of the run."""
@@ -176,17 +176,17 @@ class Plan:
         done = cursor.window == self.windows
         return GlobalBatch(packs.pieces, packs.pack_starts, cursor, done=done, progress=self._progress(cursor))
 
-    def place(self, cursor: Cursor) -> Place:
+    def drawn(self, cursor: Cursor) -> Drawn:
         """What a checkpoint at `cursor` keeps, so that another plan can take over there."""
         names = [source.name for source in self._sources]
         before, after = (
-            {**self.origin.ordinals, **dict(zip(names, self._quotas.before(w), strict=True))} for w in (cursor.window, cursor.window + 1)
+            {**self.origin.ordinals, **dict(zip(names, self._drawn.before(w), strict=True))} for w in (cursor.window, cursor.window + 1)
         )
-        return Place(cursor, before, after, {source.name: source.digest for source in self._sources})
+        return Drawn(before, after, {source.name: source.digest for source in self._sources})
 
     def _skip_empty(self, cursor: Cursor) -> Cursor:
         """The same place, past windows that draw nothing."""
-        while cursor.pack == 0 and cursor.window != self.windows and not any(a < b for a, b in self._draws_of(cursor.window)):
+        while cursor.pack == 0 and cursor.window != self.windows and not any(a < b for a, b in self._quotas(cursor.window)):
             cursor = Cursor(cursor.window + 1, 0)
         return cursor
 
@@ -196,9 +196,9 @@ class Plan:
         packs = len(self.window(cursor.window)) if cursor.pack else 1
         return (cursor.window * packs + cursor.pack) / (self.windows * packs)
 
-    def _draws_of(self, w: int) -> list[tuple[int, int]]:
+    def _quotas(self, w: int) -> list[tuple[int, int]]:
         """The draws [first, last) of each source in window w."""
-        return list(zip(self._quotas.before(w), self._quotas.before(w + 1), strict=True))
+        return list(zip(self._drawn.before(w), self._drawn.before(w + 1), strict=True))
 
     def _phase(self, begin: int, weights: tuple[Fraction, ...]) -> PlannedPhase:
         """The rates of `weights` from window `begin` on."""
@@ -207,9 +207,9 @@ class Plan:
             Fraction(int(source.text_tokens) + int(source.images) * self._policy.tokens, max(1, size))
             for source, size in zip(self._sources, sizes, strict=True)
         ]
-        shares = mix.shares(self._unit, weights, sizes, mean_tokens, self._drawn)
+        shares = mix.shares(self._unit, weights, sizes, mean_tokens, self._base)
         draws = mix.window_draws(shares, sizes, self._draws)
-        rates = mix.rates(self._unit, weights, sizes, mean_tokens, draws, self._drawn)
+        rates = mix.rates(self._unit, weights, sizes, mean_tokens, draws, self._base)
         found = {source.name: rate / size for source, rate, size in zip(self._sources, rates, sizes, strict=True) if rate > size}
         self.repeats.update({name: max(epochs, self.repeats.get(name, epochs)) for name, epochs in found.items()})
         return PlannedPhase(begin, weights, tuple(rates), draws)
@@ -231,7 +231,7 @@ class Plan:
                     f"the phase at {float(phase.at):g} gets no window: a window holds about {float(a_window):.0f} packs, "
                     f"what is left of the run {run_packs}; a smaller data.window gives finer phases"
                 )
-            self._quotas.add(self._phase(w + more, phase.weights))
+            self._drawn.add(self._phase(w + more, phase.weights))
 
     def _cached(self, w: int) -> Window | None:
         with self._cache_lock:
@@ -247,7 +247,7 @@ class Plan:
                 self._cache.pop(next(iter(self._cache)))
 
     def _plan_window(self, w: int) -> Window:
-        pieces = Pieces.concatenate([self._draw(source, *quota) for source, quota in enumerate(self._draws_of(w))])
+        pieces = Pieces.concatenate([self._draw(source, *quota) for source, quota in enumerate(self._quotas(w))])
         packs = pack(pieces.tokens, pieces.images, self._budgets)
         count = int(packs.max(initial=-1)) + 1
         place = np.empty(count, np.int64)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_strategies import BUDGETS, POLICY, ArraySource, sources, text_source
 
-from data_pipeline.plan.origin import Cursor, Origin, Place
+from data_pipeline.plan.origin import Cursor, Drawn, Origin
 from data_pipeline.plan.plan import Plan
 
 Held = Counter[tuple[str, int, int, int, int]]
@@ -58,8 +58,7 @@ def test_a_change_repeats_and_skips_exactly_what_it_says(data: st.DataObject) ->
     repeat = data.draw(st.booleans())
     old = make(held, [Fraction(w) for w in data.draw(mixes)], data.draw(st.sampled_from(["samples", "epochs"])))
     cursor = some_steps(old, data.draw(st.integers(0, 12)))
-    place = old.place(cursor)
-    origin = place.origin(4, repeat)
+    origin = old.drawn(cursor).origin(cursor, 4, repeat)
     new = make(
         held, [Fraction(w) for w in data.draw(mixes)], "samples", window=data.draw(st.integers(1, 50)), global_batch=4, origin=origin
     )
@@ -68,7 +67,7 @@ def test_a_change_repeats_and_skips_exactly_what_it_says(data: st.DataObject) ->
 
     packs = len(old.window(cursor.window)) if cursor.pack else 0
     begun, rest = (pieces_of(old, *part, cursor.window) if packs else Counter() for part in ((0, cursor.pack), (cursor.pack, packs)))
-    drawn = new.place(until).before
+    drawn = new.drawn(until).before
     whole = Counter(p for i, s in enumerate(held) for p in pieces_of_draws(new, i, drawn[s.name]))
     # everything once up to where the new plan has come, but for the interrupted window
     assert seen == (whole + begun if cursor.pack and repeat else whole - rest)
@@ -88,11 +87,11 @@ def pieces_of_draws(plan: Plan, source: int, draws: int) -> Held:
 def test_a_changed_mix_of_epochs_still_ends_each_source_after_its_epochs(data: st.DataObject) -> None:
     held = [data.draw(sources(name)) for name in "ab"]
     old = make(held, [Fraction(1), Fraction(2)], "epochs")
-    place = old.place(some_steps(old, data.draw(st.integers(0, 12))))
-    origin = place.origin(0, data.draw(st.booleans()))
+    cursor = some_steps(old, data.draw(st.integers(0, 12)))
+    origin = old.drawn(cursor).origin(cursor, 0, data.draw(st.booleans()))
     epochs = [Fraction(data.draw(st.integers(1, 6)), 2), Fraction(3)]
     new = make(held, epochs, "epochs", window=data.draw(st.integers(1, 50)), origin=origin)
-    ends = new.place(Cursor(new.windows, 0)).before
+    ends = new.drawn(Cursor(new.windows, 0)).before
     for source, weight in zip(held, epochs, strict=True):
         assert ends[source.name] == max(origin.ordinals[source.name], int(weight * len(source.rows)))
     assert new.global_batch(Cursor(new.windows, 0)).done
@@ -101,10 +100,14 @@ def test_a_changed_mix_of_epochs_still_ends_each_source_after_its_epochs(data: s
 def test_a_source_keeps_its_place_while_it_is_left_out_and_when_it_comes_back() -> None:
     a, b, c = (text_source(name, 1_000) for name in "abc")
     first = make([a, b], [Fraction(1), Fraction(1)], "samples", window=100)
-    second = make([a, c], [Fraction(1), Fraction(1)], "samples", window=100, origin=first.place(Cursor(3, 0)).origin(3, repeat=True))
-    assert second.place(Cursor(5, 0)).before == {"a": 250, "b": 150, "c": 100}
-    third = make([b, c], [Fraction(1), Fraction(3)], "samples", window=100, origin=second.place(Cursor(5, 0)).origin(5, repeat=True))
-    assert third.place(Cursor(6, 0)).before == {"a": 250, "b": 175, "c": 175}
+    second = make(
+        [a, c], [Fraction(1), Fraction(1)], "samples", window=100, origin=first.drawn(Cursor(3, 0)).origin(Cursor(3, 0), 3, repeat=True)
+    )
+    assert second.drawn(Cursor(5, 0)).before == {"a": 250, "b": 150, "c": 100}
+    third = make(
+        [b, c], [Fraction(1), Fraction(3)], "samples", window=100, origin=second.drawn(Cursor(5, 0)).origin(Cursor(5, 0), 5, repeat=True)
+    )
+    assert third.drawn(Cursor(6, 0)).before == {"a": 250, "b": 175, "c": 175}
     assert third.window(5).pieces.row[third.window(5).pieces.source == 0].tolist() != []
     drawn = [first._orders[1].draws(0, 150)[1], third._orders[0].draws(150, 175)[1]]
     assert not set(drawn[0].tolist()) & set(drawn[1].tolist())
@@ -112,18 +115,20 @@ def test_a_source_keeps_its_place_while_it_is_left_out_and_when_it_comes_back() 
 
 def test_a_cursor_between_two_windows_interrupts_none() -> None:
     plan = make([text_source("a", 1_000)], [Fraction(1)], "samples")
-    place = plan.place(Cursor(7, 0))
-    assert place.origin(9, repeat=True) == place.origin(9, repeat=False) == Origin(7, 9, {"a": 210})
+    cursor = Cursor(7, 0)
+    assert (
+        plan.drawn(cursor).origin(cursor, 9, repeat=True) == plan.drawn(cursor).origin(cursor, 9, repeat=False) == Origin(7, 9, {"a": 210})
+    )
 
 
 def test_taking_over_without_a_change_is_going_on() -> None:
     sources_ab, weights = [text_source(name, 500) for name in "ab"], [Fraction(1), Fraction("0.37")]
     whole = make(sources_ab, weights, "samples")
     for w in (0, 1, 17):
-        later = make(sources_ab, weights, "samples", origin=whole.place(Cursor(w, 0)).origin(0, repeat=True))
+        later = make(sources_ab, weights, "samples", origin=whole.drawn(Cursor(w, 0)).origin(Cursor(w, 0), 0, repeat=True))
         ahead = [
             abs(a - b)
-            for a, b in zip(later.place(Cursor(w + 9, 0)).before.values(), whole.place(Cursor(w + 9, 0)).before.values(), strict=True)
+            for a, b in zip(later.drawn(Cursor(w + 9, 0)).before.values(), whole.drawn(Cursor(w + 9, 0)).before.values(), strict=True)
         ]
         assert max(ahead) <= 1  # each plan rounds from its own beginning
 
@@ -148,23 +153,20 @@ def test_a_change_to_epochs_that_are_done_already_is_refused() -> None:
         make([text_source("a", 500)], [Fraction(1)], "epochs", origin=Origin(20, 0, {"a": 500}))
 
 
-PLACE = Place(Cursor(12, 30), {"a": 100, "b": 50, "x": 7}, {"a": 140, "b": 55, "x": 7}, {"a": "1", "b": "1"})
+DRAWN = Drawn({"a": 100, "b": 50, "x": 7}, {"a": 140, "b": 55, "x": 7}, {"a": "1", "b": "1"})
 
 
 @pytest.mark.parametrize(
-    ("place", "repeat", "digests", "says"),
+    ("pack", "repeat", "digests", "says"),
     [
-        (PLACE, True, {"a": "1", "b": "1"}, "window 12 (a 40, b 5 samples) is drawn again: what its first 30 packs held is repeated"),
-        (PLACE, False, {"a": "1", "b": "1"}, "window 12 (a 40, b 5 samples) is left after 30 packs: what its other packs held is skipped"),
-        (PLACE, False, {"a": "1", "c": "1"}, "; c is new; b stops after 55 draws"),
-        (
-            PLACE,
-            True,
-            {"a": "1", "b": "2", "x": "1"},
-            "; the samples of b changed: some may come twice in an epoch, others not at all; x goes on after 7",
-        ),
-        (Place(Cursor(12, 0), {}, {}, {}), True, {}, "it takes over between windows, at 12: nothing is repeated or skipped"),
+        (30, True, {"a": "1", "b": "1"}, "window 12 (a 40, b 5 samples) is drawn again: what its first 30 packs held is repeated"),
+        (30, False, {"a": "1", "b": "1"}, "window 12 (a 40, b 5 samples) is left after 30 packs: what its other packs held is skipped"),
+        (30, False, {"a": "1", "c": "1"}, "; c is new; b stops after 55 draws"),
+        (30, True, {"a": "1", "b": "2"}, "; the samples of b changed: some may come twice in an epoch, others not at all"),
+        (30, True, {"a": "1", "b": "1", "x": "1"}, "; x goes on after 7 draws"),
+        (0, True, {"a": "1", "b": "1"}, "it takes over between windows, at 12: nothing is repeated or skipped"),
+        (0, False, {"a": "1"}, "; b stops after 50 draws"),
     ],
 )
-def test_the_user_is_told_what_a_change_does(place: Place, repeat: bool, digests: dict[str, str], says: str) -> None:
-    assert says in place.change(repeat, digests)
+def test_the_user_is_told_what_a_change_does(pack: int, repeat: bool, digests: dict[str, str], says: str) -> None:
+    assert says in DRAWN.change(Cursor(12, pack), repeat, digests)

@@ -78,7 +78,7 @@ def test_each_phase_draws_by_its_own_weights(window: int, places: list[int], ste
     for phase, end, weights in zip(plan.phases, ends, [(Fraction(1), Fraction(0)), *(phase.weights for phase in later)], strict=True):
         assert phase.begin < end
         rates = [phase.draws * weight / sum(weights) for weight in weights]
-        before, after = (list(plan.place(Cursor(w, 0)).before.values()) for w in (phase.begin, end))
+        before, after = (list(plan.drawn(Cursor(w, 0)).before.values()) for w in (phase.begin, end))
         assert all(abs(b - a - rate * (end - phase.begin)) <= 1 for a, b, rate in zip(before, after, rates, strict=True))
         drawn = plan.window(phase.begin).pieces
         assert {int(s) for s in drawn.source} <= {i for i, weight in enumerate(weights) if weight}
@@ -95,7 +95,7 @@ def test_a_sample_comes_once_an_epoch_whatever_the_phases_do() -> None:
     last = plan.phases[-1].begin + 20
     for source in range(2):
         drawn = [(e, r) for w in range(last) for s, e, r, ends in rows(plan, w) if s == source and ends]
-        assert len(set(drawn)) == len(drawn) == list(plan.place(Cursor(last, 0)).before.values())[source]
+        assert len(set(drawn)) == len(drawn) == list(plan.drawn(Cursor(last, 0)).before.values())[source]
         for epoch in range(max(e for e, _ in drawn)):
             assert sum(e == epoch for e, _ in drawn) == len(plan._sources[source].rows)
 
@@ -120,11 +120,10 @@ def test_the_place_of_a_phase_in_a_long_run_is_known_without_walking_there(monke
 
 def test_a_plan_that_takes_over_in_a_later_phase_begins_with_that_phase() -> None:
     whole = Plan(**ingredients())
-    place = whole.place(Cursor(whole.phases[1].begin + 2, 0))
-    step = 30
-    later = Plan(**ingredients(origin=Origin(place.cursor.window, step, place.before)))
+    w, step = whole.phases[1].begin + 2, 30
+    later = Plan(**ingredients(origin=Origin(w, step, whole.drawn(Cursor(w, 0)).before)))
     assert [phase.weights for phase in later.phases] == [phase.weights for phase in whole.phases[1:]]
-    packs = sum(len(later.window(w)) for w in range(place.cursor.window, later.phases[1].begin))
+    packs = sum(len(later.window(n)) for n in range(w, later.phases[1].begin))
     assert 0 <= packs - (Fraction("0.7") * 60 - step) * 8 < len(later.window(later.phases[1].begin - 1))
 
 
