@@ -19,7 +19,7 @@ from train.engine import Engine
 from train.ranks import Ranks
 from train.run_dir import RunDir, file_digest, fsync_tree, read_json, write_atomic
 
-VERSION = 1
+VERSION = 2
 PREFIX = "step-"
 
 
@@ -94,8 +94,14 @@ def find(run: RunDir, ranks: Ranks) -> Path | None:
 
 
 def read_state(folder: Path) -> TrainState:
-    """The state of a checkpoint."""
+    """The state of a checkpoint.
+
+    Raises:
+        UserError: it was written by another version of this package.
+    """
     fields = json.loads((folder / "state.json").read_text())
+    if fields["version"] != VERSION:
+        raise UserError(f"{folder} has version {fields['version']}, this is {VERSION}: use a new run.dir")
     plan = {"cursor": tuple(fields["cursor"]), "drawn": Drawn(**fields["drawn"]), "origin": Origin(**fields["origin"])}
     return TrainState(**{**fields, **plan})
 
