@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 
-.PHONY: install demo test check soak gpu-check clean
+.PHONY: install demo test check soak bench gpu-check clean
 install: $(READY)
 
 $(READY): setup.py
@@ -27,6 +27,9 @@ check: $(READY)
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak --timeout 7200
+
+bench: $(READY)
+	$(BIN)/python benchmarks/plan.py
 
 gpu-check: $(READY)
 	$(BIN)/python -m pytest -m gpu -rA

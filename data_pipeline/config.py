@@ -40,6 +40,24 @@ class ErrorConfig:
     """Largest number of dropped segments of the whole run; no limit by default."""
 
 
+class Change(Enum):
+    """What a run does with a checkpoint that was planned from another mix."""
+
+    refuse = "refuse"  # the run ends before it starts
+    repeat = "repeat"  # goes on with the new mix; the interrupted window is drawn again, its first packs come twice
+    skip = "skip"  # goes on with the new mix; the rest of the interrupted window is left out
+
+
+@dataclass
+class PhaseConfig:
+    """Weights that hold from a place in the run on."""
+
+    at: str = MISSING
+    """Share of `train.steps` that is done when the phase begins, above 0 and below 1; it begins with the next window."""
+    weights: dict[str, str] = field(default_factory=dict)
+    """New weights by source; sources that are not named keep theirs, 0 ends a source."""
+
+
 @dataclass
 class SourceConfig:
     """One source: a folder of shards with one kind of sample."""
@@ -82,6 +100,10 @@ class DataConfig:
     """Sources by name; the names appear in metrics and in the ledger."""
     unit: MixUnit = MixUnit.samples
     """What the sources' weights count."""
+    phases: list[PhaseConfig] = field(default_factory=list)
+    """Changes of the weights in the course of a run of `train.steps`, in order; none where `unit` is epochs."""
+    change: Change = Change.refuse
+    """Whether a run may go on from a checkpoint with another mix (sources, unit, phases, global_batch, window), and how."""
     context: int = 4096
     """Token budget of a pack, and so the longest piece (paper: 4096)."""
     images_per_pack: int = 64

@@ -20,7 +20,9 @@ from data_pipeline.config import DataConfig, as_plain
 from data_pipeline.errors import TryAgainError, UserError
 from data_pipeline.plan.balance import EMPTY, CostModel, assign, cost
 from data_pipeline.plan.columns import Budgets, ImagePolicy
-from data_pipeline.plan.plan import Cursor, Plan
+from data_pipeline.plan.origin import Origin
+from data_pipeline.plan.phases import Phase
+from data_pipeline.plan.plan import Cursor, Packs, Plan
 from data_pipeline.plan.split import Pieces
 from data_pipeline.read import budget
 from data_pipeline.read.cache import RangeCache
@@ -89,8 +91,14 @@ class Data:
     plan: Plan
 
 
-def open_data(config: DataConfig, seed: int) -> Data:
+def open_data(config: DataConfig, seed: int, steps: int | None = None, origin: Origin | None = None) -> Data:
     """Opens sources and tokenizer and builds the plan.
+
+    Args:
+        config: the `data` section.
+        seed: of the order.
+        steps: length of the run, where it is given in steps; phases need it.
+        origin: where the plan takes over from another one; the start of the run by default.
 
     Raises:
         UserError: a folder is missing, an index does not match, a weight is no number, a budget cannot hold a sample or counts nothing.
@@ -109,7 +117,7 @@ def open_data(config: DataConfig, seed: int) -> Data:
     try:
         plan = Plan(
             sources,
-            [_weight(name, source.weight) for name, source in config.sources.items()],
+            [_weight(f"sources.{name}.weight", source.weight) for name, source in config.sources.items()],
             config.unit.value,
             Budgets(config.context, config.images_per_pack, config.segments_per_pack),
             ImagePolicy(config.images.tokens),
@@ -118,20 +126,41 @@ def open_data(config: DataConfig, seed: int) -> Data:
             config.global_batch,
             seed,
             extra_digest=f"{tokenizer.digest} {templates.VERSION} {as_plain(config.images)}",
+            later=_phases(config),
+            steps=steps,
+            origin=origin or Origin(),
         )
     except ValueError as error:
         raise UserError(f"data: {error} (mend the data section)") from None
     return Data(sources, tokenizer, plan)
 
 
-def _weight(name: str, text: str) -> Fraction:
-    try:
-        weight = Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        raise UserError(f"data.sources.{name}.weight: {text!r} is not a number (write a decimal such as 0.25)") from None
+def _phases(config: DataConfig) -> list[Phase]:
+    """The phases after the first; each names what it changes."""
+    weights, found = {name: source.weight for name, source in config.sources.items()}, []
+    for i, phase in enumerate(config.phases):
+        key = f"phases[{i}]"
+        unknown = [name for name in phase.weights if name not in weights]
+        if unknown:
+            raise UserError(f"data.{key}.weights: no source {unknown[0]} (known: {', '.join(weights)})")
+        weights = {**weights, **phase.weights}
+        shares = tuple(_weight(f"{key}.weights.{name}", text) for name, text in weights.items())
+        found.append(Phase(_number(f"{key}.at", phase.at), shares))
+    return found
+
+
+def _weight(key: str, text: str) -> Fraction:
+    weight = _number(key, text)
     if weight < 0:
-        raise UserError(f"data.sources.{name}.weight: {text} is negative (weights are shares; leave the source out instead)")
+        raise UserError(f"data.{key}: {text} is negative (weights are shares; leave the source out instead)")
     return weight
+
+
+def _number(key: str, text: str) -> Fraction:
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise UserError(f"data.{key}: {text!r} is not a number (write a decimal such as 0.25)") from None
 
 
 class StepSampler(Sampler[Request]):
@@ -148,23 +177,21 @@ class StepSampler(Sampler[Request]):
         with ThreadPoolExecutor(1, thread_name_prefix="plan") as thread:
             while True:
                 global_batch = self.plan.global_batch(cursor)
-                if not global_batch.packs:
+                if not len(global_batch):
                     return
                 cursor = global_batch.cursor
                 if cursor.window >= ahead and not global_batch.done:
                     ahead = cursor.window + 1
                     thread.submit(self.plan.window, ahead)  # past the end it raises into the unread future
-                slots = self.assign(global_batch.packs)[:, self.rank]
+                slots = self.assign(global_batch)[:, self.rank]
                 for micro, numbers in enumerate(slots):
-                    packs = tuple(global_batch.packs[n] for n in numbers if n != EMPTY)
+                    packs = tuple(global_batch.pack(n) for n in numbers if n != EMPTY)
                     yield Request(step, micro, len(slots), packs, cursor, global_batch.progress)
                 step += 1
 
-    def assign(self, packs: list[Pieces]) -> np.ndarray:
+    def assign(self, packs: Packs) -> np.ndarray:
         """[micro_steps, ranks, micro_packs] numbers of packs or EMPTY; the same on every rank."""
-        pieces = Pieces.concatenate(packs)
-        starts = np.cumsum([0, *(len(p) for p in packs)])
-        costs = cost(pieces.tokens, pieces.images, starts, self.cost_model)
+        costs = cost(packs.pieces.tokens, packs.pieces.images, packs.pack_starts, self.cost_model)
         return assign(costs, self.ranks, self.config.micro_packs, self.config.global_batch)
 
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 from data_pipeline.errors import UserError
-from data_pipeline.plan.plan import Cursor
+from data_pipeline.plan.origin import Cursor, Drawn, Origin
 from train.engine import Engine
 from train.ranks import Ranks
 from train.run_dir import RunDir, file_digest, fsync_tree, read_json, write_atomic
 
-VERSION = 1
+VERSION = 2
 PREFIX = "step-"
 
 
@@ -31,6 +31,10 @@ class TrainState:
     """Steps done."""
     cursor: tuple[int, int]
     """Where the next step begins."""
+    drawn: Drawn
+    """Draws by source around the cursor: with another mix, the run goes on from them."""
+    origin: Origin
+    """Where the plan took over from another one; the start of the run, as a rule."""
     progress: float
     totals: dict[str, int]
     """Counters since the start of the run: tokens, samples, dropped samples, skipped steps."""
@@ -90,9 +94,16 @@ def find(run: RunDir, ranks: Ranks) -> Path | None:
 
 
 def read_state(folder: Path) -> TrainState:
-    """The state of a checkpoint."""
+    """The state of a checkpoint.
+
+    Raises:
+        UserError: it was written by another version of this package.
+    """
     fields = json.loads((folder / "state.json").read_text())
-    return TrainState(**{**fields, "cursor": tuple(fields["cursor"])})
+    if fields["version"] != VERSION:
+        raise UserError(f"{folder} has version {fields['version']}, this is {VERSION}: use a new run.dir")
+    plan = {"cursor": tuple(fields["cursor"]), "drawn": Drawn(**fields["drawn"]), "origin": Origin(**fields["origin"])}
+    return TrainState(**{**fields, **plan})
 
 
 def load(folder: Path, engine: Engine, ranks: Ranks) -> None:
@@ -111,7 +122,10 @@ def require_same(state: TrainState, now: TrainState, folder: Path) -> None:
         UserError: what differs, and the way out.
     """
     if state.plan_digest != now.plan_digest:
-        raise UserError(f"{folder}: the data changed since (plan {state.plan_digest[:12]}, now {now.plan_digest[:12]}): use a new run.dir")
+        raise UserError(
+            f"{folder}: the data changed since (plan {state.plan_digest[:12]}, now {now.plan_digest[:12]}): use a new run.dir, "
+            "or go on under the new plan with data.change=repeat or data.change=skip"
+        )
     if state.base_digest != now.base_digest:
         raise UserError(f"{folder}: run.init_from holds other weights than the stage began from: use a new run.dir")
     for name, key in (("world", "--procs"), ("zero_stage", "deepspeed.stage"), ("dtype", "train.precision")):

@@ -118,7 +118,7 @@ def _check_stage(config: Config, earlier: list[str]) -> None:
     from train.run_dir import RunDir
     from train.weights import final
 
-    data = open_data(config.data, config.run.seed)
+    data = open_data(config.data, config.run.seed, config.train.steps)
     rows, words = config.model.decoder.vocab, data.tokenizer.size
     if words > rows:
         raise UserError(f"model.decoder.vocab: {rows} rows do not hold the tokenizer's {words} words (set it to {words} or more)")
@@ -136,7 +136,8 @@ def _check_stage(config: Config, earlier: list[str]) -> None:
     if run.config.exists():
         key = configure.shaping_difference(config, configure.read_resolved(run.path))
         if key:
-            raise UserError(f"{run.path} belongs to another config: {key} differs (choose another run.dir, or delete that one)")
+            others = ", or set data.change to go on with the new mix" if key.split(".")[1] in configure.MIX else ""
+            raise UserError(f"{run.path} belongs to another config: {key} differs (choose another run.dir, or delete that one{others})")
 
 
 def _default_procs() -> int:

@@ -8,9 +8,14 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 
 from data_pipeline import configure
-from data_pipeline.config import MixUnit
+from data_pipeline.config import Change, MixUnit
 from data_pipeline.errors import UserError
 from train.config import Config
+
+CADENCE = ("workers", "prefetch", "change", "read_stall", "read_deadline", "cache_dir", "cache_gib")
+"""Keys of `data` that shape no result."""
+MIX = ("sources", "unit", "phases", "global_batch", "window")
+"""Keys of `data` that may change in the course of a run."""
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -47,10 +52,14 @@ def read_resolved(run_dir: Path) -> Config:
 
 
 def shaping_difference(ours: Config, theirs: Config) -> str | None:
-    """The first key that shapes the result and differs; cadence, logging, workers, error budgets and the engine's stage may differ."""
+    """The first key that shapes the result and differs; cadence, logging, workers, error budgets and the engine's stage may differ.
+
+    So may the mix where `data.change` of `ours` says how to go on with another one.
+    """
     a, b = as_dict(ours), as_dict(theirs)
+    passed = CADENCE if ours.data.change is Change.refuse else CADENCE + MIX
     for path in ("run.stage", "run.seed", "run.init_from", "data", "model", "train", "deepspeed.extra"):
-        found = _difference(_at(a, path), _at(b, path), path)
+        found = _difference(_at(a, path), _at(b, path), path, passed)
         if found:
             return found
     return None
@@ -62,13 +71,12 @@ def _at(tree: Any, path: str) -> Any:
     return tree
 
 
-def _difference(a: Any, b: Any, path: str) -> str | None:
+def _difference(a: Any, b: Any, path: str, passed: tuple[str, ...]) -> str | None:
     if isinstance(a, dict) and isinstance(b, dict):
         for key in [*a, *(k for k in b if k not in a)]:
-            unlike = ("workers", "prefetch", "read_stall", "read_deadline", "cache_dir", "cache_gib")
-            if (path == "data" and key in unlike) or (path.startswith("data.sources.") and key == "errors"):
+            if (path == "data" and key in passed) or (path.startswith("data.sources.") and key == "errors"):
                 continue
-            found = _difference(a.get(key), b.get(key), f"{path}.{key}")
+            found = _difference(a.get(key), b.get(key), f"{path}.{key}", passed)
             if found:
                 return found
         return None

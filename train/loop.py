@@ -7,12 +7,15 @@ state that is saved is that of the last step that was done.
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from data_pipeline.config import Change
 from data_pipeline.errors import EXIT_DONE, EXIT_NEEDS_PERSON, EXIT_TRY_AGAIN
 from data_pipeline.loader import Data, Loader, StepData, open_data
+from data_pipeline.plan.origin import Cursor, Origin
 from data_pipeline.read import budget
 from data_pipeline.read.ledger import Ledger, copy_index_damage
 from train import checkpoint, configure, optim
@@ -71,11 +74,12 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
     torch.manual_seed(config.run.seed * 1_000_003 + ranks.rank)
     torch.use_deterministic_algorithms(config.run.deterministic)
 
-    data = open_data(config.data, config.run.seed)
+    folder = checkpoint.find(run, ranks)
+    data, saved, change = _open_data(config, checkpoint.read_state(folder) if folder else None)
     model = build_model(config, device)
     trained, frozen = optim.resolve(model, config.train)
     engine = Engine(config, model, optim.adamw(trained, config.train), ranks, device.dtype)
-    state, resumed = _resume(config, run, ranks, device, data, engine)
+    state, resumed = _resume(config, run, ranks, device, data, engine, folder, saved)
     reporter = Reporter(config, run, ranks.rank, terminal)
     if ranks.rank == 0:
         begins = f"resumed from step {state.step}" if resumed else "started"
@@ -83,7 +87,7 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
         life = run.begin_life(
             state.step if resumed else None, ranks.world, device.torch_device.type, data.plan.digest, asdict(cost_model(config))
         )
-        reporter.begin(life, state.step, configure.as_dict(config), [optim.table(trained, frozen, config.train.lr), about])
+        reporter.begin(life, state.step, configure.as_dict(config), [optim.table(trained, frozen, config.train.lr), about, *change])
 
     loader = Loader(
         config.data,
@@ -133,6 +137,7 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
         totals = Counter(budget.charged(state.totals, budgets, charges))
         totals.update({**counts._asdict(), "skipped": skipped})
         state = replace(state, step=step.step + 1, cursor=(step.cursor.window, step.cursor.pack), progress=progress, totals=dict(totals))
+        state = replace(state, drawn=data.plan.drawn(step.cursor))
         seconds = time.monotonic() - asked
         about = {
             "progress": progress,
@@ -171,11 +176,29 @@ def build_model(config: Config, device: Device) -> XComposer2:
     return model.to(device.torch_device, device.dtype)
 
 
-def _resume(config: Config, run: RunDir, ranks: Ranks, device: Device, data: Data, engine: Engine) -> tuple[TrainState, bool]:
+def _open_data(config: Config, saved: TrainState | None) -> tuple[Data, TrainState | None, list[str]]:
+    """The data from where the run is, the state to go on from, and, where the mix changed, what that does to the data."""
+    mix = config.data, config.run.seed, config.train.steps
+    data = open_data(*mix, saved.origin if saved else None)
+    if saved is None or saved.plan_digest == data.plan.digest or config.data.change is Change.refuse:
+        return data, saved, []
+    repeat = config.data.change is Change.repeat
+    origin = saved.drawn.origin(saved.next_cursor, saved.step, repeat)
+    said = saved.drawn.change(saved.next_cursor, repeat, {source.name: source.digest for source in data.sources})
+    data = open_data(*mix, origin)
+    saved = replace(saved, cursor=(origin.window, 0), origin=origin, plan_digest=data.plan.digest)
+    return data, saved, [f"{config.run.name}: the mix changed after step {saved.step}: {said}"]
+
+
+def _resume(
+    config: Config, run: RunDir, ranks: Ranks, device: Device, data: Data, engine: Engine, folder: Path | None, saved: TrainState | None
+) -> tuple[TrainState, bool]:
     """The state to go on from, and whether it is that of a checkpoint."""
     start = TrainState(
         step=0,
         cursor=(0, 0),
+        drawn=data.plan.drawn(Cursor(0, 0)),
+        origin=Origin(),
         progress=0.0,
         totals={},
         plan_digest=data.plan.digest,
@@ -184,15 +207,13 @@ def _resume(config: Config, run: RunDir, ranks: Ranks, device: Device, data: Dat
         zero_stage=config.deepspeed.stage,
         dtype=str(device.dtype),
     )
-    folder = checkpoint.find(run, ranks)
-    if folder is None:
+    if folder is None or saved is None:
         if ranks.rank == 0:
             copy_index_damage(run.path, {s.name: s.damaged for s in data.sources})
         return start, False
-    state = checkpoint.read_state(folder)
-    checkpoint.require_same(state, start, folder)
+    checkpoint.require_same(saved, start, folder)
     checkpoint.load(folder, engine, ranks)
-    return state, True
+    return saved, True
 
 
 def _metrics(counts: Counts, totals: Counter[str], seconds: float, waited: float) -> Metrics:

@@ -28,7 +28,7 @@ def write_preview(config: Path, overrides: list[str], packs: int, key: str | Non
     if packs < 1:
         raise UserError(f"--packs {packs} shows nothing (ask for at least 1)")
     view = load_data_view(config, overrides)
-    data = open_data(view.data, view.run.seed)
+    data = open_data(view.data, view.run.seed, view.train.steps)
     viewer = Viewer(Materialiser(data.sources, data.tokenizer, view.data.images, view.run.seed))
     chosen = list(_with_sample(data, key)) if key is not None else islice(walk(data.plan, Cursor(0, 0)), packs)
     shown = [pack for at, pieces in chosen for pack in viewer.view([pieces], [at])[1]]

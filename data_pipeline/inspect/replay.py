@@ -83,7 +83,7 @@ def open_step(run: Path, number: int) -> Step:
     """
     record = find_step(run, number)
     view = load_data_view(run / "config.yaml")
-    data = open_data(view.data, view.run.seed)
+    data = open_data(view.data, view.run.seed, view.train.steps)
     if data.plan.digest != record.plan:
         raise UserError(
             f"{run}: its data was indexed anew or selected otherwise since (plan {record.plan[:12]} in life {record.life}, "

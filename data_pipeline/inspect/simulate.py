@@ -122,7 +122,7 @@ def simulate(config: Path, overrides: list[str], world: int, steps: int | None, 
     if world < 1 or (steps is not None and steps < 1):
         raise UserError(f"--world {world} --steps {steps}: nothing to simulate (both are at least 1)")
     view = load_data_view(config, overrides)
-    section, data = view.data, open_data(view.data, view.run.seed)
+    section, data = view.data, open_data(view.data, view.run.seed, view.train.steps)
     model = _cost_model(coefficients) if coefficients else default_cost(section.images.size)
     ends = view.train.steps
     count = min(steps or STEPS, ends or sys.maxsize)

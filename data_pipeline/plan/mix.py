@@ -1,7 +1,6 @@
 """How much of each source a window gets.
 
-Invariant: every mix is one exact rational rate a source, in draws a window, and the draws before any window are a closed formula
-of its number: windows are addressable directly, and no rounding error ever adds up.
+Invariant: every mix is one exact rational rate a source, in draws a window: no rounding error ever adds up.
 """
 
 from collections.abc import Sequence
@@ -13,11 +12,14 @@ REPEAT_SHARE = Fraction(1, 20)
 """A source that gives more than this share of the draws may not repeat inside a window."""
 
 
-def shares(unit: str, weights: Sequence[Fraction], sizes: Sequence[int], mean_tokens: Sequence[Fraction]) -> list[Fraction]:
+def shares(
+    unit: str, weights: Sequence[Fraction], sizes: Sequence[int], mean_tokens: Sequence[Fraction], drawn: Sequence[int] = ()
+) -> list[Fraction]:
     """Share of each source in the draws; they sum to 1.
 
-    `weights` count samples, tokens or epochs, as `unit` says; `sizes` are kept samples, `mean_tokens` theirs, images included.
-    Raises ValueError for a mix that draws nothing or that no rate can honour.
+    `weights` count samples, tokens or epochs, as `unit` says; `sizes` are kept samples, `mean_tokens` theirs, images included; of
+    epochs, `drawn` samples of each source are done already (none by default). Raises ValueError for a mix that draws nothing or that
+    no rate can honour.
     """
     if unit not in UNITS:
         raise ValueError(f"unit {unit!r} is none of {', '.join(UNITS)}")
@@ -30,21 +32,24 @@ def shares(unit: str, weights: Sequence[Fraction], sizes: Sequence[int], mean_to
             raise ValueError("a source without tokens cannot have a share of tokens")
         parts = [weight / mean if weight else Fraction(0) for weight, mean in zip(weights, mean_tokens, strict=True)]
     else:
-        parts = [Fraction(draws) for draws in epoch_draws(weights, sizes)]
+        parts = [Fraction(draws) for draws in epoch_draws(weights, sizes, drawn)]
     total = sum(parts)
+    if total == 0 and unit == "epochs" and any(drawn):
+        raise ValueError("the mix draws no sample: all its epochs are done")
     if total == 0:
         raise ValueError("the mix draws no sample: no weight is positive, or less than one sample is asked for")
     return [Fraction(part, total) for part in parts]
 
 
-def epoch_draws(weights: Sequence[Fraction], sizes: Sequence[int]) -> list[int]:
-    """Draws of each source over a whole mix of epochs; a fraction of a sample is left out."""
-    return [floor(weight * size) for weight, size in zip(weights, sizes, strict=True)]
+def epoch_draws(weights: Sequence[Fraction], sizes: Sequence[int], drawn: Sequence[int] = ()) -> list[int]:
+    """Draws of each source that a mix of epochs has left after `drawn` of them; a fraction of a sample is left out."""
+    done = drawn or [0] * len(sizes)
+    return [max(0, floor(weight * size) - before) for weight, size, before in zip(weights, sizes, done, strict=True)]
 
 
-def epoch_windows(weights: Sequence[Fraction], sizes: Sequence[int], window: int) -> int:
-    """Windows of a mix of epochs, which sets its own length."""
-    return -(-sum(epoch_draws(weights, sizes)) // window)
+def epoch_windows(weights: Sequence[Fraction], sizes: Sequence[int], window: int, drawn: Sequence[int] = ()) -> int:
+    """Windows that a mix of epochs has left: it sets its own length."""
+    return -(-sum(epoch_draws(weights, sizes, drawn)) // window)
 
 
 def window_draws(draw_shares: Sequence[Fraction], sizes: Sequence[int], window: int) -> int:
@@ -53,14 +58,16 @@ def window_draws(draw_shares: Sequence[Fraction], sizes: Sequence[int], window: 
     return max(1, min([window, *caps]))
 
 
-def rates(unit: str, weights: Sequence[Fraction], sizes: Sequence[int], mean_tokens: Sequence[Fraction], window: int) -> list[Fraction]:
+def rates(
+    unit: str,
+    weights: Sequence[Fraction],
+    sizes: Sequence[int],
+    mean_tokens: Sequence[Fraction],
+    window: int,
+    drawn: Sequence[int] = (),
+) -> list[Fraction]:
     """Exact draws of each source a window, where a window has `window` draws on average (of epochs: at most)."""
     if unit == "epochs":
-        windows = epoch_windows(weights, sizes, window)
-        return [Fraction(draws, windows) for draws in epoch_draws(weights, sizes)]
+        windows = epoch_windows(weights, sizes, window, drawn)
+        return [Fraction(draws, windows) for draws in epoch_draws(weights, sizes, drawn)]
     return [window * share for share in shares(unit, weights, sizes, mean_tokens)]
-
-
-def quota(rate: Fraction, w: int) -> int:
-    """Draws of a source before window w, off the exact rate by at most one half; window w draws from here to the quota of w + 1."""
-    return (2 * rate.numerator * w + rate.denominator) // (2 * rate.denominator)

@@ -10,6 +10,9 @@ in one step, which is what item-by-item best fit would do to them one after the 
 import numpy as np
 
 from data_pipeline.plan.columns import Budgets
+from data_pipeline.plan.order import sorting_permutation
+
+_LARGEST = np.uint64((1 << 32) - 1)
 
 
 def pack(tokens: np.ndarray, images: np.ndarray, budgets: Budgets) -> np.ndarray:
@@ -21,9 +24,11 @@ def pack(tokens: np.ndarray, images: np.ndarray, budgets: Budgets) -> np.ndarray
         return np.empty(0, np.int64)
     if tokens.max() > budgets.tokens or images.max() > budgets.images or budgets.segments < 1:
         raise ValueError(f"a piece of up to {tokens.max()} tokens and {images.max()} images does not fit {budgets}")
-    size = tokens.astype(np.int64) * (budgets.images + 1) + images
-    order = np.argsort(-size, kind="stable")
-    starts = np.flatnonzero(np.diff(size[order], prepend=-1))
+    size = tokens.astype(np.uint64) * np.uint64(images.max() + 1) + images.astype(np.uint64)
+    if size.max() > _LARGEST:
+        raise ValueError(f"pieces of {tokens.max()} tokens and {images.max()} images are too large to be sorted")
+    order = sorting_permutation((_LARGEST - size) << np.uint64(32))
+    starts = np.flatnonzero(np.append(True, np.diff(size[order])))
     counts = np.diff(starts, append=len(order))
     runs = zip(tokens[order[starts]].tolist(), images[order[starts]].tolist(), counts.tolist(), strict=True)
 
@@ -33,7 +38,7 @@ def pack(tokens: np.ndarray, images: np.ndarray, budgets: Budgets) -> np.ndarray
     for piece_tokens, piece_images, count in runs:
         while count:
             room = bins.best(piece_tokens, piece_images) or fresh
-            each = _capacity(room, piece_tokens, piece_images)
+            each = _capacity(room, piece_tokens, piece_images) if count > 1 else 1
             wanted = -(-count // each)
             if room is fresh:
                 ids = list(range(opened, opened + wanted))
@@ -41,12 +46,12 @@ def pack(tokens: np.ndarray, images: np.ndarray, budgets: Budgets) -> np.ndarray
             else:
                 ids = bins.take(room, wanted)
             full, rest = divmod(min(count, each * len(ids)), each)
-            placed += ids[:full] * each
-            bins.put((room[0] - each * piece_tokens, room[1] - each * piece_images, room[2] - each), ids[:full])
-            if rest:
-                placed += ids[full:] * rest
-                bins.put((room[0] - rest * piece_tokens, room[1] - rest * piece_images, room[2] - rest), ids[full:])
             count -= full * each + rest
+            partly = [ids.pop()] if rest else []
+            for taken, held in ((ids, each), (partly, rest)):
+                if taken:
+                    placed += taken * held
+                    bins.put((room[0] - held * piece_tokens, room[1] - held * piece_images, room[2] - held), taken)
     packs = np.empty(len(order), np.int64)
     packs[order] = placed
     return packs
@@ -90,7 +95,8 @@ class _OpenBins:
                 node <<= 1
                 if most[node] < images:
                     node += 1
-        return min(room for room in self.groups[node - self.leaves] if room[1] >= images)
+        group = self.groups[node - self.leaves]
+        return min(group if len(group) == 1 else [room for room in group if room[1] >= images])
 
     def take(self, room: Room, wanted: int) -> list[int]:
         """Remove and return up to `wanted` of the bins that have exactly this much left, the youngest."""
@@ -101,21 +107,27 @@ class _OpenBins:
             del ids[-wanted:]
             return taken
         del group[room]
-        self._update(room[0], max([left[1] for left in group], default=-1))
+        if room[1] == self.most_images[self.leaves + room[0]]:
+            self._update(room[0], max([left[1] for left in group], default=-1))
         return ids
 
     def put(self, room: Room, ids: list[int]) -> None:
         """Add bins that have this much left."""
-        if not ids or room[0] < self.smallest or room[2] == 0:
+        if room[0] < self.smallest or room[2] == 0:
             return
         group = self.groups.setdefault(room[0], {})
-        group.setdefault(room, []).extend(ids)
-        self._update(room[0], max(room[1], self.most_images[self.leaves + room[0]]))
+        if room in group:
+            group[room] += ids
+            return
+        group[room] = ids
+        if room[1] > self.most_images[self.leaves + room[0]]:
+            self._update(room[0], room[1])
 
     def _update(self, tokens: int, most: int) -> None:
         tree = self.most_images
         node = self.leaves + tokens
         while node and tree[node] != most:
             tree[node] = most
-            most = max(most, tree[node ^ 1])
+            beside = tree[node ^ 1]
+            most = beside if beside > most else most
             node >>= 1

@@ -9,14 +9,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from math import ceil
 from threading import Lock
 
 import numpy as np
 
-from data_pipeline.plan import mix
+from data_pipeline.plan import mix, phases
 from data_pipeline.plan.columns import Budgets, ImagePolicy, PlanSource
 from data_pipeline.plan.order import PACK_KEY, EpochOrder, keyed_hash, sorting_permutation
+from data_pipeline.plan.origin import Cursor, Drawn, Origin
 from data_pipeline.plan.pack import pack
+from data_pipeline.plan.phases import Phase, PlannedPhase, Quotas
 from data_pipeline.plan.split import Pieces, split
 
 PLANNER_VERSION = 1
@@ -25,20 +28,14 @@ PLANNER_VERSION = 1
 CACHED_WINDOWS = 2
 """The window that is consumed and the one planned ahead."""
 
-
-@dataclass(frozen=True, order=True)
-class Cursor:
-    """A place in the plan: the next pack to consume."""
-
-    window: int
-    pack: int
+COUNTED_PACKS = 4096
+"""Packs of a phase that are planned to learn how many a window holds, before the place of the next phase is extrapolated."""
 
 
 @dataclass(frozen=True)
-class Window:
-    """The draws that are packed together, as packs in the order in which they are consumed. May hold no pack."""
+class Packs:
+    """Packs in the order in which they are consumed; may be none."""
 
-    index: int
     pieces: Pieces
     """Sorted by pack."""
     pack_starts: np.ndarray
@@ -51,19 +48,42 @@ class Window:
         """The pieces of pack i."""
         return self.pieces.take(slice(int(self.pack_starts[i]), int(self.pack_starts[i + 1])))
 
+    def part(self, first: int, last: int) -> "Packs":
+        """The packs [first, last)."""
+        starts = self.pack_starts[first : last + 1]
+        return Packs(self.pieces.take(slice(int(starts[0]), int(starts[-1]))), starts - starts[0])
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Packs"]) -> "Packs":
+        """All packs of `parts`, in order; at least one part."""
+        if len(parts) == 1:
+            return parts[0]
+        counts = np.concatenate([np.diff(part.pack_starts) for part in parts])
+        return Packs(Pieces.concatenate([part.pieces for part in parts]), np.concatenate([[0], np.cumsum(counts)]))
+
 
 @dataclass(frozen=True)
-class GlobalBatch:
-    """The packs of one optimizer step."""
+class Window(Packs):
+    """The draws that are packed together."""
 
-    packs: list[Pieces]
-    """As many as the global batch counts; fewer, or none, only at the end of the run."""
+    index: int
+
+
+@dataclass(frozen=True)
+class GlobalBatch(Packs):
+    """The packs of one optimizer step: as many as the global batch counts; fewer, or none, only at the end of the run."""
+
     cursor: Cursor
     """Where the next batch begins."""
     done: bool
     """No pack comes after this batch."""
     progress: float | None
     """Share of the planned windows that is done at `cursor`; None where the mix is endless."""
+
+    @property
+    def packs(self) -> list[Pieces]:
+        """The pieces of each pack."""
+        return [self.pack(i) for i in range(len(self))]
 
 
 class Plan:
@@ -81,37 +101,51 @@ class Plan:
         global_batch: int,
         seed: int,
         extra_digest: str = "",
+        later: Sequence[Phase] = (),
+        steps: int | None = None,
+        origin: Origin = Origin(),  # noqa: B008  frozen
     ) -> None:
         """`weights` and `overhead` (template tokens of a piece) are by source; `window` counts draws, `global_batch` packs.
 
-        Raises ValueError for a mix that cannot be drawn or an image that fits no pack.
+        `later`: phases that follow the first; they need the run's length in `steps`, and begin at the first border of a window that
+        has their share of the run's packs before it. The packs are counted up to COUNTED_PACKS a phase and extrapolated beyond.
+
+        Raises ValueError for a mix that cannot be drawn, a phase that gets no window or an image that fits no pack.
         """
-        _check(sources, weights, budgets, policy, overhead, window, global_batch)
-        sizes = [int(source.block_starts[-1]) for source in sources]
-        mean_tokens = [
-            Fraction(int(source.text_tokens) + int(source.images) * policy.tokens, max(1, size))
-            for source, size in zip(sources, sizes, strict=True)
-        ]
-        self.draws = mix.window_draws(mix.shares(unit, weights, sizes, mean_tokens), sizes, window)
-        """Draws of a window, on average."""
-        self.rates = mix.rates(unit, weights, sizes, mean_tokens, self.draws)
-        """Draws of each source a window."""
-        self.windows = mix.epoch_windows(weights, sizes, self.draws) if unit == "epochs" else None
+        phases.check(later, len(sources), unit, steps)
+        drawn_weights = [max(w) for w in zip(weights, *(phase.weights for phase in later), strict=True)]
+        _check(sources, drawn_weights, budgets, policy, overhead, window, global_batch)
+        self.origin = origin
+        """Where this plan takes over from another one; the start of the run, as a rule."""
+        self.windows: int | None = None
         """Windows of the run; None where the mix is endless."""
-        self.repeats = {s.name: rate / size for s, rate, size in zip(sources, self.rates, sizes, strict=True) if rate > size}
+        self.repeats: dict[str, Fraction] = {}
         """Small sources that repeat inside a window, and how many epochs of theirs one holds."""
-        self.digest = _digest(sources, weights, unit, budgets, policy, overhead, window, global_batch, seed, extra_digest)
-        """Hexadecimal sha256 of all that the plan depends on."""
-        self._sources, self._budgets, self._policy, self._overhead = list(sources), budgets, policy, list(overhead)
-        self._batch_packs, self._seed = global_batch, seed
+        self._sources, self._unit, self._budgets, self._policy = list(sources), unit, budgets, policy
+        self._overhead, self._draws, self._batch_packs, self._seed = list(overhead), window, global_batch, seed
         self._orders = [EpochOrder(source, seed, source_id(source.name)) for source in sources]
         self._cache: dict[int, Window] = {}
         self._cache_lock, self._planning = Lock(), Lock()
+        self._base = [origin.ordinals.get(source.name, 0) for source in sources]
+        begun = [phase.weights for phase in later if steps is not None and phase.at * steps <= origin.step]
+        self._drawn = Quotas(self._base, self._phase(origin.window, [tuple(weights), *begun][-1]))
+        if unit == "epochs":
+            sizes = [order.samples for order in self._orders]
+            self.windows = origin.window + mix.epoch_windows(weights, sizes, self.phases[0].draws, self._base)
+        if steps is not None:
+            self._place(later[len(begun) :], steps)
+        self.digest = _digest(self, weights, extra_digest)
+        """Hexadecimal sha256 of all that the plan depends on."""
+
+    @property
+    def phases(self) -> list[PlannedPhase]:
+        """Windows with constant rates; one phase, unless the mix changes."""
+        return self._drawn.phases
 
     def window(self, w: int) -> Window:
-        """Window w >= 0; IndexError past the end of the run."""
-        if w < 0 or (self.windows is not None and w >= self.windows):
-            raise IndexError(f"window {w} of {self.windows}")
+        """Window w, counted from the start of the run; IndexError before the origin or past the end of the run."""
+        if w < self.origin.window or (self.windows is not None and w >= self.windows):
+            raise IndexError(f"window {w} of {self.origin.window} to {self.windows}")
         found = self._cached(w)
         if found is None:
             with self._planning:  # a cached window stays readable while another thread plans
@@ -123,18 +157,32 @@ class Plan:
 
     def global_batch(self, cursor: Cursor) -> GlobalBatch:
         """The batch that begins at `cursor`; without packs at the end of the run. ValueError for a cursor of another plan."""
-        packs: list[Pieces] = []
+        if cursor.window < self.origin.window:
+            raise ValueError(f"{cursor} lies before window {self.origin.window}, where this plan takes over: it belongs to another plan")
+        parts, wanted = [Packs(Pieces.none(), np.zeros(1, np.int64))], self._batch_packs
         while True:
             cursor = self._skip_empty(cursor)
-            if len(packs) == self._batch_packs or cursor.window == self.windows:
+            if wanted == 0 or cursor.window == self.windows:
                 break
             window = self.window(cursor.window)
             if cursor.pack > len(window):
                 raise ValueError(f"{cursor} lies outside its window of {len(window)} packs: it belongs to another plan")
-            end = min(len(window), cursor.pack + self._batch_packs - len(packs))
-            packs += [window.pack(i) for i in range(cursor.pack, end)]
+            end = min(len(window), cursor.pack + wanted)
+            if end > cursor.pack:
+                parts.append(window.part(cursor.pack, end))
+                wanted -= end - cursor.pack
             cursor = Cursor(cursor.window, end) if end < len(window) else Cursor(cursor.window + 1, 0)
-        return GlobalBatch(packs, cursor, done=cursor.window == self.windows, progress=self._progress(cursor))
+        packs = Packs.concatenate(parts[1:] or parts)
+        done = cursor.window == self.windows
+        return GlobalBatch(packs.pieces, packs.pack_starts, cursor, done=done, progress=self._progress(cursor))
+
+    def drawn(self, cursor: Cursor) -> Drawn:
+        """What a checkpoint at `cursor` keeps, so that another plan can take over there."""
+        names = [source.name for source in self._sources]
+        before, after = (
+            {**self.origin.ordinals, **dict(zip(names, self._drawn.before(w), strict=True))} for w in (cursor.window, cursor.window + 1)
+        )
+        return Drawn(before, after, {source.name: source.digest for source in self._sources})
 
     def first_window(self, source: int, row: int) -> int | None:
         """The window that first draws a row of a source; None where none does."""
@@ -163,7 +211,40 @@ class Plan:
 
     def _quotas(self, w: int) -> list[tuple[int, int]]:
         """The draws [first, last) of each source in window w."""
-        return [(mix.quota(rate, w), mix.quota(rate, w + 1)) for rate in self.rates]
+        return list(zip(self._drawn.before(w), self._drawn.before(w + 1), strict=True))
+
+    def _phase(self, begin: int, weights: tuple[Fraction, ...]) -> PlannedPhase:
+        """The rates of `weights` from window `begin` on."""
+        sizes = [order.samples for order in self._orders]
+        mean_tokens = [
+            Fraction(int(source.text_tokens) + int(source.images) * self._policy.tokens, max(1, size))
+            for source, size in zip(self._sources, sizes, strict=True)
+        ]
+        shares = mix.shares(self._unit, weights, sizes, mean_tokens, self._base)
+        draws = mix.window_draws(shares, sizes, self._draws)
+        rates = mix.rates(self._unit, weights, sizes, mean_tokens, draws, self._base)
+        found = {source.name: rate / size for source, rate, size in zip(self._sources, rates, sizes, strict=True) if rate > size}
+        self.repeats.update({name: max(epochs, self.repeats.get(name, epochs)) for name, epochs in found.items()})
+        return PlannedPhase(begin, weights, tuple(rates), draws)
+
+    def _place(self, later: Sequence[Phase], steps: int) -> None:
+        """Finds the window at which each later phase begins."""
+        packs, a_window, run_packs = Fraction(0), Fraction(0), (steps - self.origin.step) * self._batch_packs
+        for phase in later:
+            wanted = (phase.at * steps - self.origin.step) * self._batch_packs
+            w, counted = self.phases[-1].begin, 0
+            while packs + counted < wanted and counted < COUNTED_PACKS:
+                counted += len(self.window(w))
+                w += 1
+            a_window = Fraction(counted, w - self.phases[-1].begin) if counted else a_window
+            more = ceil((wanted - packs - counted) / a_window) if packs + counted < wanted else 0
+            packs += counted + more * a_window
+            if packs >= run_packs or w + more == self.phases[-1].begin:
+                raise ValueError(
+                    f"the phase at {float(phase.at):g} gets no window: a window holds about {float(a_window):.0f} packs, "
+                    f"what is left of the run {run_packs}; a smaller data.window gives finer phases"
+                )
+            self._drawn.add(self._phase(w + more, phase.weights))
 
     def _cached(self, w: int) -> Window | None:
         with self._cache_lock:
@@ -187,7 +268,7 @@ class Plan:
         places = place[packs]
         starts = np.concatenate([[0], np.cumsum(np.bincount(places, minlength=count))])
         by_pack = sorting_permutation(places.astype(np.uint64) << np.uint64(32))
-        return Window(w, pieces.take(by_pack), starts)
+        return Window(pieces.take(by_pack), starts, index=w)
 
     def _draw(self, source: int, first: int, last: int) -> Pieces:
         """Pieces of the draws [first, last) of a source."""
@@ -229,29 +310,20 @@ def _check(
             )
 
 
-def _digest(
-    sources: Sequence[PlanSource],
-    weights: Sequence[Fraction],
-    unit: str,
-    budgets: Budgets,
-    policy: ImagePolicy,
-    overhead: Sequence[int],
-    window: int,
-    global_batch: int,
-    seed: int,
-    extra_digest: str,
-) -> str:
+def _digest(plan: Plan, weights: Sequence[Fraction], extra_digest: str) -> str:
     ingredients = {
         "planner": PLANNER_VERSION,
-        "sources": [[source.name, source.digest] for source in sources],
+        "sources": [[source.name, source.digest] for source in plan._sources],
         "weights": [str(weight) for weight in weights],
-        "unit": unit,
-        "budgets": asdict(budgets),
-        "policy": {type(policy).__name__: asdict(policy)},
-        "overhead": [int(extra) for extra in overhead],
-        "window": window,
-        "global_batch": global_batch,
-        "seed": seed,
+        "phases": [[phase.begin, [str(weight) for weight in phase.weights]] for phase in plan.phases],
+        "origin": [plan.origin.window, sorted(plan.origin.ordinals.items())],
+        "unit": plan._unit,
+        "budgets": asdict(plan._budgets),
+        "policy": {type(plan._policy).__name__: asdict(plan._policy)},
+        "overhead": [int(extra) for extra in plan._overhead],
+        "window": plan._draws,
+        "global_batch": plan._batch_packs,
+        "seed": plan._seed,
         "extra": extra_digest,
     }
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()

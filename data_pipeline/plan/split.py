@@ -48,6 +48,12 @@ class Pieces:
         return Pieces(*(getattr(self, f.name)[index] for f in fields(self)))
 
     @classmethod
+    def none(cls) -> "Pieces":
+        """No pieces."""
+        empty, place = np.empty(0, np.int64), np.empty(0, np.int32)
+        return cls(place, empty, empty, place, place, place, place, place, place, np.empty(0, bool))
+
+    @classmethod
     def concatenate(cls, parts: Sequence["Pieces"]) -> "Pieces":
         """All pieces of `parts`, in order; at least one part."""
         return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))

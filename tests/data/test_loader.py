@@ -1,16 +1,24 @@
 """The loader on the demo's shards: the same steps for any workers, world size and restart; bad data drops its own segments only."""
 
+import json
 import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import loader_worker
 import numpy as np
 import pytest
-from demo_data import SEED, START, data_config, run, same_step, segments_of
+from demo_data import SEED, START, data_config, packs_of_step, run, run_world, same_step, segments_of
 from tars import cut, overwrite
 
+from data_pipeline.config import MixUnit, PhaseConfig
 from data_pipeline.errors import TryAgainError, UserError
 from data_pipeline.loader import StepData, open_data
 from data_pipeline.read import storage
@@ -52,6 +60,43 @@ def test_steps_hold_the_same_segments_for_any_world_size(demo, steps, ranks, mic
         assert {(p.step, p.cursor, p.progress) for p in parts} == {(expected.step, expected.cursor, expected.progress)}
         assert segments([expected]) == sum((segments([p]) for p in parts), Counter())
         assert sum(p.supervised for p in parts) == expected.supervised
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 1), (2, 0), (2, 4), (3, 2), (4, 1), (8, 0), (48, 0)])
+def test_a_step_holds_the_same_packs_tensor_for_tensor_for_any_world_and_workers(demo, steps, ranks, workers):
+    first = len(steps) - 3
+    config = data_config(demo.root, workers=workers)
+    world = run_world(config, open_data(config, SEED), ranks, steps[first - 1].cursor, first)
+    for expected, parts in zip(steps[first:], world, strict=True):
+        assert packs_of_step(parts) == packs_of_step([expected])
+        assert len({len(part.micro_batches) for part in parts}) == 1
+    assert len(packs_of_step([steps[first]])) == len(set(packs_of_step([steps[first]]))) == 8
+
+
+def test_killed_at_random_steps_and_gone_on_with_in_other_worlds_it_is_the_uninterrupted_run(demo, steps, tmp_path):
+    """SIGKILL to a real process; what counts is the cursor that it wrote for the last step that was consumed."""
+    chance, begin = random.Random(5), len(steps) - 60
+    cursor = steps[begin - 1].cursor
+    (tmp_path / "cursor.json").write_text(json.dumps({"cursor": [cursor.window, cursor.pack], "step": begin}))
+    done = tmp_path / "steps.jsonl"
+    done.touch()
+    for ranks, workers in [(2, 1), (3, 0), (1, 2)]:
+        kill_after = len(done.read_bytes().splitlines()) + chance.randint(1, 12)
+        command = [sys.executable, loader_worker.__file__, str(demo.root), str(ranks), str(workers), str(tmp_path)]
+        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+        while len(done.read_bytes().splitlines()) < kill_after:
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        with done.open("rb+") as file:  # the line that was being written
+            file.truncate(file.read().rfind(b"\n") + 1)
+    subprocess.run([*command[:3], "8", "0", *command[5:]], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=True)
+    lines = [json.loads(line) for line in done.read_text().splitlines()]
+    assert {line["ranks"] for line in lines} == {1, 2, 3, 8}
+    assert all(line["packs"] == packs_of_step([steps[line["step"]]]) for line in lines)
+    assert sorted({line["step"] for line in lines}) == list(range(begin, len(steps)))
+    assert len(lines) <= len(steps) - begin + 3, "a step is loaded again only where the kill came before its cursor was written"
 
 
 def segments(steps: list[StepData]) -> Counter:
@@ -256,6 +301,31 @@ class FailingReads:
 def test_what_no_plan_can_hold_is_a_user_error(demo, changes, message):
     with pytest.raises(UserError, match=message):
         open_data(data_config(demo.root, **changes), SEED)
+
+
+@pytest.mark.parametrize(
+    ("unit", "at", "weights", "message"),
+    [
+        (MixUnit.samples, "half", {}, r"data\.phases\[0\]\.at: 'half' is not a number"),
+        (MixUnit.samples, "0.5", {"txt": "1"}, r"data\.phases\[0\]\.weights: no source txt \(known: pairs, documents, text\)"),
+        (MixUnit.samples, "0.5", {"text": "-1"}, r"data\.phases\[0\]\.weights\.text: -1 is negative"),
+        (MixUnit.samples, "1.5", {"text": "2"}, "phases begin above 0 and below 1"),
+        (MixUnit.epochs, "0.5", {"text": "2"}, "use samples or tokens"),
+    ],
+)
+def test_a_phase_that_cannot_be_is_a_user_error(demo, unit, at, weights, message):
+    with pytest.raises(UserError, match=message):
+        open_data(data_config(demo.root, unit=unit, phases=[PhaseConfig(at, weights)]), SEED, steps=100)
+
+
+def test_a_phase_changes_the_weights_it_names_and_leaves_the_others(demo):
+    config = data_config(
+        demo.root, unit=MixUnit.samples, window=60, phases=[PhaseConfig("0.25", {"text": "0"}), PhaseConfig("0.5", {"pairs": "3"})]
+    )
+    phases = open_data(config, SEED, steps=100).plan.phases
+    assert [[str(w) for w in phase.weights] for phase in phases] == [["1", "1", "1"], ["1", "1", "0"], ["3", "1", "0"]]
+    with pytest.raises(UserError, match=r"give train\.steps"):
+        open_data(config, SEED)
 
 
 @pytest.mark.parametrize("weight", ["much", "-1", "1/0"])

@@ -12,22 +12,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan_strategies import BUDGETS, POLICY, ArraySource, epoch_plans, source_of, text_source
+from plan_strategies import BUDGETS, POLICY, ArraySource, epoch_plans, packs_of, raw, source_of, text_source
 
 from data_pipeline.plan import plan as plan_module
 from data_pipeline.plan.columns import Budgets, ImagePolicy
-from data_pipeline.plan.plan import Cursor, GlobalBatch, Plan, Window
+from data_pipeline.plan.plan import Cursor, GlobalBatch, Plan
 from data_pipeline.plan.split import Pieces
 
 START = Cursor(0, 0)
-
-
-def raw(pieces: Pieces) -> list[bytes]:
-    return [getattr(pieces, f.name).tobytes() for f in fields(Pieces)]
-
-
-def packs_of(window: Window) -> list[list[bytes]]:
-    return [raw(window.pack(i)) for i in range(len(window))]
 
 
 def walk(plan: Plan, cursor: Cursor = START) -> list[GlobalBatch]:
@@ -215,9 +207,9 @@ def test_a_small_source_that_repeats_inside_a_window_is_reported() -> None:
     given = ingredients()
     given |= {"sources": [text_source("large", 10**6), text_source("small", 10)], "weights": [Fraction(99), Fraction(1)], "window": 65_536}
     plan = Plan(**given)
-    assert plan.draws == 65_536
+    assert plan.phases[0].draws == 65_536
     assert plan.repeats == {"small": Fraction(65_536, 1_000)}
-    assert Plan(**{**given, "weights": [Fraction(9), Fraction(1)]}).draws == 100
+    assert Plan(**{**given, "weights": [Fraction(9), Fraction(1)]}).phases[0].draws == 100
 
 
 CHANGES = {

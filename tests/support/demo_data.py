@@ -2,13 +2,15 @@
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import torch
+
 from data_pipeline.batch import PackedBatch
 from data_pipeline.config import DataConfig, ImageConfig, MixUnit, SourceConfig
-from data_pipeline.loader import Loader, StepData, open_data
+from data_pipeline.loader import Data, Loader, StepData, open_data
 from data_pipeline.plan.balance import CostModel
 from data_pipeline.plan.plan import Cursor
 from data_pipeline.read.ledger import BadEntry
@@ -39,6 +41,24 @@ def data_config(root: Path, **changes: object) -> DataConfig:
 def run(config: DataConfig, rank: int = 0, ranks: int = 1, cursor: Cursor = START, step: int = 0) -> Iterator[StepData]:
     """The steps of one rank, with everything opened anew."""
     return iter(Loader(config, open_data(config, SEED), SEED, COSTS, rank, ranks, cursor, step))
+
+
+def run_world(config: DataConfig, data: Data, ranks: int, cursor: Cursor, step: int) -> Iterator[tuple[StepData, ...]]:
+    """The steps of all ranks of a world, side by side."""
+    loaders = [Loader(config, data, SEED, COSTS, rank, ranks, cursor, step) for rank in range(ranks)]
+    return zip(*loaders, strict=True)
+
+
+def packs_of_step(parts: Iterable[StepData]) -> list[str]:
+    """Digests of the tensors of each pack of a step, whichever rank had it; sorted. Micro-batches of one pack only."""
+    batches = [m.batch for part in parts for m in part.micro_batches if any(m.request.packs)]
+    return sorted(_digest(batch) for batch in batches)
+
+
+def _digest(batch: PackedBatch) -> str:
+    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    held = [(n, v.dtype, v.shape, v.numpy().tobytes()) if isinstance(v, torch.Tensor) else (n, v) for n, v in values.items()]
+    return hashlib.sha256(repr(held).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

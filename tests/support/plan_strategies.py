@@ -1,12 +1,14 @@
 """Sources in memory and hypothesis strategies for the tests of `data_pipeline.plan`."""
 
+from dataclasses import fields
 from fractions import Fraction
 
 import numpy as np
 from hypothesis import strategies as st
 
 from data_pipeline.plan.columns import ELEMENT, Budgets, ImagePolicy
-from data_pipeline.plan.plan import Plan
+from data_pipeline.plan.plan import Plan, Window
+from data_pipeline.plan.split import Pieces
 
 POLICY = ImagePolicy(tokens=16)
 BUDGETS = Budgets(tokens=64, images=3, segments=5)
@@ -109,3 +111,13 @@ def epoch_plans(draw: st.DrawFn) -> tuple[Plan, list[ArraySource], list[Fraction
         seed=draw(st.integers(0, 2**64 - 1)),
     )
     return plan, held, weights
+
+
+def raw(pieces: Pieces) -> list[bytes]:
+    """All columns, to compare."""
+    return [getattr(pieces, f.name).tobytes() for f in fields(Pieces)]
+
+
+def packs_of(window: Window) -> list[list[bytes]]:
+    """All columns of each pack of a window."""
+    return [raw(window.pack(i)) for i in range(len(window))]
