@@ -18,7 +18,8 @@ PLACEHOLDER = "<ImageHere>"
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """What is decoded, whatever a member calls itself: no format whose decoder starts a program (EPS), none that nobody publishes."""
 PIXEL_LIMIT = 178_000_000
-"""Largest image, in pixels, that is decoded: PIL's own limit against decompression bombs."""
+"""Largest image, in pixels, that is decoded: about Pillow's own limit against decompression bombs."""
+Image.MAX_IMAGE_PIXELS = None  # `require_size` stands before every decode, and names the size that it refuses
 
 
 class Kind(Enum):
@@ -130,9 +131,18 @@ def image_size(data: bytes) -> tuple[int, int]:
         raise
     except Exception as error:  # noqa: BLE001  Pillow's plugins raise whatever hostile bytes lead them to (struct.error, KeyError, ...)
         raise BadSample(f"image header unreadable: {error}") from None
+    require_size(width, height)
+    return width, height
+
+
+def require_size(width: int, height: int) -> None:
+    """Refuses an image that would take too much memory, or whose sides the index cannot hold.
+
+    Raises:
+        BadSample: it is too large.
+    """
     if width * height > PIXEL_LIMIT or max(width, height) > 65535:
         raise BadSample(f"image too large: {width}x{height}")
-    return width, height
 
 
 def _document(members: Mapping[str, bytes]) -> list[Element]:

@@ -14,10 +14,7 @@ from PIL import ExifTags, Image, ImageEnhance
 from torch.nn.functional import interpolate
 
 from data_pipeline.config import ImageConfig, ImageDecoder
-from data_pipeline.samples import IMAGE_FORMATS, PIXEL_LIMIT, BadSample
-
-Image.MAX_IMAGE_PIXELS = PIXEL_LIMIT // 2  # PIL raises at twice this
-
+from data_pipeline.samples import IMAGE_FORMATS, PIXEL_LIMIT, BadSample, require_size
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -67,10 +64,11 @@ def decode(data: bytes) -> Image.Image:
     """RGB image as a person would see it: EXIF orientation applied, alpha over white, first frame of an animation.
 
     Raises:
-        BadSample: the bytes do not decode.
+        BadSample: the bytes do not decode, or to more pixels than are allowed.
     """
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            require_size(*image.size)
             image.load()
             upright = _upright(image)
             if upright.mode.startswith("I;16"):
@@ -130,7 +128,7 @@ def _decode_jpeg(data: bytes, policy: ImageConfig) -> tuple[np.ndarray, tuple[in
         return None
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as header:
-            if header.mode not in ("RGB", "L"):
+            if header.mode not in ("RGB", "L") or header.width * header.height > PIXEL_LIMIT:
                 return None
             size = header.size
             turn = _turn(header)
