@@ -1,6 +1,7 @@
 """What a run directory says about one step: where in the plan it began, which life did it, on how many ranks, with which costs.
 
-Invariant: reads files by their documented names and fields, never guesses: what is not noted is walked to or refused with the cure.
+Invariant: reads files by their documented names and fields, never guesses: what is not noted is walked to or refused with the cure, and
+no cursor of another plan is taken.
 
     config.yaml                  the resolved config
     metrics.jsonl                `data/window`, `data/pack`: the cursor at which the line's step began
@@ -49,23 +50,20 @@ def find_step(run: Path, step: int) -> StepRecord:
     if not (run / "config.yaml").exists():
         raise UserError(f"{run} is no run directory: no config.yaml in it (give the directory of run.dir)")
     lines = [line for line in jsonl.read(run / "metrics.jsonl") if "data/window" in line]
-    known = {1: Cursor(0, 0)}
-    known |= {done + 1: cursor for done, cursor in map(_checkpoint, run.glob("checkpoints/step-*/state.json"))}
-    known |= {line["step"]: Cursor(line["data/window"], line["data/pack"]) for line in lines}
-    nearest = max(s for s in known if s <= step)
     metrics = next((line for line in reversed(lines) if line["step"] == step), {})
-    life = _life(run, step, metrics.get("life"))
+    starts = [event for event in jsonl.read(run / "lives.jsonl") if event["event"] == "start"]
+    life = _life(run, starts, step, metrics.get("life"))
+    same_plan = {start["life"] for start in starts if start.get("plan") == life["plan"]}
+    states = [json.loads(file.read_text()) for file in run.glob("checkpoints/step-*/state.json")]
+    known = {1: Cursor(0, 0)}
+    known |= {state["step"] + 1: Cursor(*state["cursor"]) for state in states if state["plan_digest"] == life["plan"]}
+    known |= {line["step"]: Cursor(line["data/window"], line["data/pack"]) for line in lines if line["life"] in same_plan}
+    nearest = max(s for s in known if s <= step)
     return StepRecord(step, nearest, known[nearest], life["life"], life["world"], life["plan"], CostModel(**life["cost"]), metrics)
 
 
-def _checkpoint(state_file: Path) -> tuple[int, Cursor]:
-    state = json.loads(state_file.read_text())
-    return state["step"], Cursor(*state["cursor"])
-
-
-def _life(run: Path, step: int, number: int | None) -> dict[str, Any]:
+def _life(run: Path, starts: list[dict[str, Any]], step: int, number: int | None) -> dict[str, Any]:
     """Start line of the life `number`, or of the newest one that went past the step's beginning."""
-    starts = [event for event in jsonl.read(run / "lives.jsonl") if event["event"] == "start"]
     mine = [s for s in starts if (s["life"] == number if number else (s["resumed_from"] or 0) < step)]
     if not mine or "cost" not in mine[-1]:
         raise UserError(

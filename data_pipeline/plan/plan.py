@@ -27,6 +27,8 @@ PLANNER_VERSION = 1
 
 CACHED_WINDOWS = 2
 """The window that is consumed and the one planned ahead."""
+FAR = 1 << 40
+"""No run gets to this window: what it has not drawn by then is never drawn."""
 
 COUNTED_PACKS = 4096
 """Packs of a phase that are planned to learn how many a window holds, before the place of the next phase is extrapolated."""
@@ -186,11 +188,13 @@ class Plan:
 
     def first_window(self, source: int, row: int) -> int | None:
         """The window that first draws a row of a source; None where none does."""
-        position = self._orders[source].position(0, row) if self.rates[source] else None
+        position = self._orders[source].position(0, row)
         if position is None:
             return None
         before, drawn = -1, 1  # the last window known to draw too little, the first known to draw enough
         while self._quotas(drawn)[source][1] <= position:
+            if drawn >= (self.windows or FAR):
+                return None
             before, drawn = drawn, 2 * drawn
         while drawn - before > 1:
             middle = (before + drawn) // 2

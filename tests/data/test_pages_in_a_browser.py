@@ -41,6 +41,7 @@ def chromium(tmp_path_factory) -> Iterator[Page]:
 def open_quietly(chromium: Page, page: Path, width: int) -> None:
     """Opens a page that must ask for nothing but itself and throw nothing."""
     chromium.requests.clear()
+    chromium.errors.clear()
     chromium.open(page, width)
     assert chromium.requests == [page.resolve().as_uri()]
     assert chromium.errors == []

@@ -114,6 +114,20 @@ def test_a_step_that_was_never_noted_is_walked_to_from_the_nearest_checkpoint(ru
         assert_same(step, handed[number - 1])
 
 
+def test_no_cursor_of_another_plan_is_taken(run, handed, tmp_path):
+    made = copy_of(run, tmp_path / "run")
+    (start,) = [event for event in jsonl.read(made.lives) if event["event"] == "start"]
+    jsonl.append(made.lives, [{**start, "life": 2, "resumed_from": 2, "plan": "another"}, {**start, "life": 3, "resumed_from": 2}])
+    lines = jsonl.read(made.metrics)[:3]
+    lines[2] |= {"life": 2, "data/pack": 1}
+    made.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for state in made.checkpoints.glob("*/state.json"):
+        state.write_text(json.dumps({**json.loads(state.read_text()), "plan_digest": "another", "cursor": [0, 1]}))
+    step = open_step(made.path, 4)
+    assert (step.record.life, step.record.known_step) == (3, 2)
+    assert_same(step, handed[3])
+
+
 def test_what_was_dropped_and_which_packs_were_empty_is_in_the_table(run, xc_data, capsys, tmp_path):
     assert xc_data("replay", run.path, "--step", 1, "-o", tmp_path / "page.html") == 0
     printed = capsys.readouterr()
