@@ -75,23 +75,32 @@ def test_a_step_holds_the_same_packs_tensor_for_tensor_for_any_world_and_workers
 
 def test_killed_at_random_steps_and_gone_on_with_in_other_worlds_it_is_the_uninterrupted_run(demo, steps, tmp_path):
     """SIGKILL to a real process; what counts is the cursor that it wrote for the last step that was consumed."""
-    chance, begin = random.Random(5), len(steps) - 60
+    chance, begin = random.Random(5), 1
     cursor = steps[begin - 1].cursor
     (tmp_path / "cursor.json").write_text(json.dumps({"cursor": [cursor.window, cursor.pack], "step": begin}))
     done = tmp_path / "steps.jsonl"
     done.touch()
-    for ranks, workers in [(2, 1), (3, 0), (1, 2)]:
-        kill_after = len(done.read_bytes().splitlines()) + chance.randint(1, 12)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def start(ranks: int, workers: int, stdin: int) -> subprocess.Popen[bytes]:
         command = [sys.executable, loader_worker.__file__, str(demo.root), str(ranks), str(workers), str(tmp_path)]
-        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
-        while len(done.read_bytes().splitlines()) < kill_after:
+        return subprocess.Popen(command, env=environment, stdin=stdin)
+
+    for ranks, workers in [(2, 1), (3, 0), (1, 2)]:
+        kill_after = chance.randint(1, 6)
+        lines_then = len(done.read_bytes().splitlines()) + kill_after
+        process = start(ranks, workers, subprocess.PIPE)
+        process.stdin.write(bytes(kill_after + chance.randint(0, 3)))
+        process.stdin.flush()
+        while len(done.read_bytes().splitlines()) < lines_then:
             assert process.poll() is None
             time.sleep(0.005)
         process.kill()
         assert process.wait() == -signal.SIGKILL
+        process.stdin.close()
         with done.open("rb+") as file:  # the line that was being written
             file.truncate(file.read().rfind(b"\n") + 1)
-    subprocess.run([*command[:3], "8", "0", *command[5:]], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=True)
+    assert start(8, 0, subprocess.DEVNULL).wait() == 0
     lines = [json.loads(line) for line in done.read_text().splitlines()]
     assert {line["ranks"] for line in lines} == {1, 2, 3, 8}
     assert all(line["packs"] == packs_of_step([steps[line["step"]]]) for line in lines)

@@ -1,6 +1,7 @@
 """A world of ranks that only load: `python loader_worker.py ROOT RANKS WORKERS FOLDER`, to be killed and started again.
 
-After each step, what it held goes to FOLDER/steps.jsonl, and then the consumed cursor replaces FOLDER/cursor.json.
+After each step, what it held goes to FOLDER/steps.jsonl, and then the consumed cursor replaces FOLDER/cursor.json. Each step takes a
+byte from stdin, so that a slow killer is not outrun; at its end, the rest runs freely.
 """
 
 import json
@@ -20,6 +21,7 @@ def main() -> None:
     config = data_config(root, workers=workers)
     with (folder / "steps.jsonl").open("a") as steps:
         for parts in run_world(config, open_data(config, SEED), ranks, Cursor(*state["cursor"]), state["step"]):
+            sys.stdin.buffer.read(1)
             steps.write(json.dumps({"step": parts[0].step, "ranks": ranks, "packs": packs_of_step(parts)}) + "\n")
             steps.flush()
             cursor = parts[0].cursor

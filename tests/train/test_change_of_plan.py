@@ -23,13 +23,15 @@ def test_a_run_goes_on_with_another_mix_where_it_is_told_how_and_says_what_that_
     assert "data.change" in refused.stderr
 
     changed = made.start(*NEW_MIX, f"data.change={how}")
-    made.kill_a_rank_after(9, changed, 1)
-    said, _ = changed.communicate(timeout=60)
-    assert "the mix changed after step 4: window 0 (documents 93, " in said
+    if how == "repeat":  # the new mix is itself gone on with, not changed again
+        made.kill_a_rank_after(9, changed, 1)
+    said, errors = changed.communicate(timeout=240)
+    assert "the mix changed after step 4: window 0 (documents 93, " in said, errors
     assert ("is drawn again" if how == "repeat" else "is left after 16 packs") in said
-    again = made.train(*NEW_MIX, f"data.change={how}")
-    assert again.returncode == EXIT_DONE, again.stderr
-    assert "the mix changed" not in again.stdout
+    if how == "repeat":
+        again = made.train(*NEW_MIX, f"data.change={how}")
+        assert again.returncode == EXIT_DONE, again.stderr
+        assert "the mix changed" not in again.stdout
     assert sorted(made.losses()) == list(range(1, 11))
     assert all(made.losses()[step] == before[step] for step in range(1, 5))
 
