@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-import yaml
+from omegaconf import OmegaConf
 
 from data_pipeline.errors import UserError
 from data_pipeline.importers.jsonl import samples
@@ -60,7 +60,7 @@ def sources_yaml(parts: list[Part], folder: Path) -> str:
     weighted = parts[0].weight is not None
     sources = {part.name: {"path": str(folder / part.name), "weight": part.weight if weighted else "1"} for part in parts}
     section = {"data": {"unit": "samples" if weighted else "epochs", "sources": sources}}
-    return yaml.safe_dump(section, sort_keys=False, allow_unicode=True, width=1000)
+    return OmegaConf.to_yaml(OmegaConf.create(section))
 
 
 def _is_number(text: str) -> bool:

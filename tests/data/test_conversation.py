@@ -1,7 +1,9 @@
 """Conversations: the official prompt, token for token; only what the assistant says is learnt; lengths add up, whole or in pieces."""
 
+import html
 import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -278,6 +280,26 @@ def test_conversations_go_from_tar_to_batch(tmp_path, xc_data, official, capsys)
         for view in segments_of(batch):
             read[view.sample] = as_text(tokenizer, [token for _, token in view.targets])
     assert read == {i: f"{talk[1][1]}[UNUSED_TOKEN_145]\n</s>" for i, talk in enumerate(talks)}
+
+
+def test_preview_marks_what_the_assistant_says_and_nothing_else(tmp_path, xc_data):
+    chat_tokenizer(tmp_path / "tokenizer")
+    talk = [("user", f"Look: {PLACEHOLDER}. What is it? </s>"), ("assistant", "An apple."), ("user", "Sure?"), ("assistant", "Yes.")]
+    write_tar(tmp_path / "source" / "a.tar", make_conversation("k", talk, [make_image()]))
+    assert xc_data("index", tmp_path / "source", "--tokenizer", tmp_path / "tokenizer") == 0
+    assert xc_data("merge", tmp_path / "source") == 0
+    data = f"{{tokenizer: {tmp_path}/tokenizer, sources: {{talk: {{path: {tmp_path}/source}}}}, context: 256, global_batch: 1, unit: epochs"
+    (tmp_path / "c.yaml").write_text(f"data: {data}, images: {{size: 14, tokens: 1}}}}")
+    assert xc_data("preview", tmp_path / "c.yaml", "-o", tmp_path / "page.html") == 0
+    (card,) = re.findall(r"<article.*?</article>", (tmp_path / "page.html").read_text(), re.DOTALL)
+    parts = re.findall(r'<span class="(seen|text|pill(?: seen)?)\s*">(.*?)</span>', card, re.DOTALL)
+    marked = "".join(html.unescape(text) for kind, text in parts if "seen" in kind)
+    plain = "".join(html.unescape(text) for kind, text in parts if "seen" not in kind and not text.startswith("[image"))
+    assert marked == "An apple.[UNUSED_TOKEN_145]Yes.[UNUSED_TOKEN_145]\n</s>"
+    assert plain == (
+        "<s>[UNUSED_TOKEN_146]user\nLook: . What is it? </s>[UNUSED_TOKEN_145]\n[UNUSED_TOKEN_146]assistant\n"
+        "\n[UNUSED_TOKEN_146]user\nSure?[UNUSED_TOKEN_145]\n[UNUSED_TOKEN_146]assistant\n"
+    )
 
 
 def test_loss_positions_of_a_batch_are_those_of_the_segments(official):

@@ -151,7 +151,7 @@ def test_an_import_killed_anywhere_shows_nothing_half_and_is_whole_when_run_agai
 
 def test_a_command_killed_in_its_work_is_whole_when_run_again(tmp_path, demo, xc_data, source):
     """The whole command, by SIGKILL, once its first shard has begun."""
-    source.write_text(source.read_text() * 100)
+    source.write_text(source.read_text() * 30)
     command = [sys.executable, "-m", "data_pipeline.cli", "import", "jsonl", str(source), str(tmp_path / "shards")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         while not list((tmp_path / "shards" / ".part-00000").glob("*.tar")):
@@ -161,7 +161,7 @@ def test_a_command_killed_in_its_work_is_whole_when_run_again(tmp_path, demo, xc
     assert process.returncode == -signal.SIGKILL
     assert list((tmp_path / "shards").glob("*.tar")) == []
     assert xc_data("import", "jsonl", source, tmp_path / "shards") == 0
-    assert len(read_ours(tmp_path / "shards", demo.tokenizer, xc_data)) == (43 - 5) * 100
+    assert len(read_ours(tmp_path / "shards", demo.tokenizer, xc_data)) == (43 - 5) * 30
 
 
 def test_a_task_at_work_elsewhere_is_not_done_twice(tmp_path):
