@@ -98,7 +98,7 @@ def open_data(config: DataConfig, seed: int) -> Data:
         raise UserError("data.sources is empty (name at least one source: {NAME: {path: FOLDER}})")
     tokenizer = Tokenizer(config.tokenizer)
     patience = Patience(config.read_stall, config.read_deadline)
-    sources = [ShardSource(name, source.path, source.index_dir, patience) for name, source in config.sources.items()]
+    sources = [ShardSource(name, source.path, source.index_dir, patience=patience) for name, source in config.sources.items()]
     for source in sources:
         source.require_tokenizer(tokenizer.digest)
     needed = config.images.tokens + templates.OVERHEAD

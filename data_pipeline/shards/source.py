@@ -36,7 +36,7 @@ class Location:
 class ShardSource:
     """A merged source; satisfies `data_pipeline.plan.columns.PlanSource`. Cheap to pickle: columns are opened on first use."""
 
-    def __init__(self, name: str, path: str | ShardPath, index_dir: str | Path | None = None, patience: Patience | None = None) -> None:
+    def __init__(self, name: str, path: str | ShardPath, index_dir: str | Path | None = None, *, patience: Patience | None = None) -> None:
         """Opens the source in `path`, its index beside the shards or in `index_dir`; `patience` is for remote shards.
 
         Raises:

@@ -2,12 +2,15 @@
 
 import io
 import json
+import shutil
+import time
 
 import pytest
 import webdataset
 from PIL import Image
+from web import WebServer
 
-from data_pipeline.errors import EXIT_DONE
+from data_pipeline.errors import EXIT_DONE, EXIT_TRY_AGAIN
 from data_pipeline.read.ledger import read_ledger
 
 
@@ -69,3 +72,25 @@ def test_the_run_finishes_and_the_ledger_names_each_bad_sample(stage, bad_source
     assert not any(key.startswith("page-") for _, key in named)
     lines = [json.loads(line) for line in run.run.metrics.read_text().splitlines()]
     assert lines[-1]["health/bad_samples"] == 2  # the corrupt image, once an epoch
+
+
+def test_a_server_that_goes_away_ends_the_life_with_try_again_and_the_same_command_goes_on(stage, demo, tmp_path):
+    shutil.copytree(demo.root, tmp_path / "served")
+    with WebServer(tmp_path / "served", {"error": 17, "cut": 23}) as server:
+        sources = {name: {"path": f"{server.url}/{name}", "index_dir": str(demo.source(name))} for name in ("pairs", "documents", "text")}
+        run = stage(data={"sources": sources, "read_deadline": 1.5, "read_stall": 0.5})
+        life = run.start()
+        while 3 not in run.losses():
+            assert life.poll() is None, life.communicate()
+            time.sleep(0.02)
+        server.kill()
+        _, err = life.communicate(timeout=120)
+        assert life.returncode == EXIT_TRY_AGAIN, err
+        assert "no answer in 1.5 s" in err
+        server.start()
+        done = run.train()
+        assert done.returncode == EXIT_DONE, done.stderr
+    local = stage("local")
+    assert local.train().returncode == EXIT_DONE
+    assert run.losses() == local.losses()
+    assert read_ledger(run.run.path) == read_ledger(local.run.path)
