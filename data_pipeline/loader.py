@@ -108,7 +108,9 @@ def open_data(config: DataConfig, seed: int, steps: int | None = None, origin: O
     budget.check({name: source.errors for name, source in config.sources.items()})
     tokenizer = Tokenizer(config.tokenizer)
     patience = Patience(config.read_stall, config.read_deadline)
-    sources = [ShardSource(name, source.path, source.index_dir, source.selection, patience) for name, source in config.sources.items()]
+    sources = [
+        ShardSource(name, source.path, source.index_dir, source.selection, patience=patience) for name, source in config.sources.items()
+    ]
     for source in sources:
         source.require_tokenizer(tokenizer.digest)
     needed = config.images.tokens + templates.OVERHEAD

@@ -132,6 +132,8 @@ def _decode_jpeg(data: bytes, policy: ImageConfig) -> tuple[np.ndarray, tuple[in
                 return None
             size = header.size
             turn = _turn(header)
+        if simplejpeg.decode_jpeg_header(data)[1::-1] != size:  # of two headers Pillow weighs one, and memory is taken for the other
+            return None
         least = math.ceil(SCALED_SIDES * policy.size / (1 - policy.crop)) if policy.crop < 1 else 0
         pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least, min_width=least, min_factor=2)
     except MemoryError:

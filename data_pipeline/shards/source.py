@@ -47,6 +47,7 @@ class ShardSource:
         path: str | ShardPath,
         index_dir: str | Path | None = None,
         selection: str | Path | None = None,
+        *,
         patience: Patience | None = None,
     ) -> None:
         """Opens the source in `path`, its index beside the shards or in `index_dir`; all its usable samples, or those of a selection.

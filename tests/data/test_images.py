@@ -365,3 +365,17 @@ def test_the_decoder_is_part_of_the_plan(demo):
 
     digests = {open_data(data_config(demo.root, images=ImageConfig(size=32, tokens=4, decoder=d)), 0).plan.digest for d in ImageDecoder}
     assert len(digests) == 2
+
+
+def test_a_jpeg_with_two_headers_takes_no_memory_for_the_second(monkeypatch):
+    """Pillow weighs one of them; libjpeg must not be asked for the pixels of the other."""
+    data = encode(halves(), "JPEG")
+    start = data.index(b"\xff\xc0")
+    end = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+    large = data[start : start + 5] + b"\xff\xf0\xff\xf0" + data[start + 9 : end]
+    decoded = []
+    monkeypatch.setattr(images.simplejpeg, "decode_jpeg", lambda *_, **__: decoded.append(1))
+    for twice in (data[:start] + large + data[start:], data[:end] + large + data[end:]):
+        with pytest.raises(BadSample):
+            load_square(twice, ImageConfig(size=16), None)
+    assert decoded == []

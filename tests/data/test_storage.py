@@ -56,7 +56,7 @@ def shards(demo, tmp_path) -> Path:
 
 def pairs_of(demo, server: WebServer, patience: Patience = BRISK) -> ShardSource:
     """The demo's pairs behind the server, with the local index."""
-    return ShardSource("pairs", f"{server.url}/pairs", demo.source("pairs"), patience)
+    return ShardSource("pairs", f"{server.url}/pairs", demo.source("pairs"), patience=patience)
 
 
 def local_bytes(demo, row: int) -> bytes:

@@ -2,13 +2,16 @@
 
 import io
 import json
+import shutil
+import time
 
 import pytest
 import webdataset
 from PIL import Image
+from web import WebServer
 
 from data_pipeline.config import ErrorConfig
-from data_pipeline.errors import EXIT_DONE, EXIT_NEEDS_PERSON
+from data_pipeline.errors import EXIT_DONE, EXIT_NEEDS_PERSON, EXIT_TRY_AGAIN
 from data_pipeline.read.budget import overdrawn
 from data_pipeline.read.ledger import read_ledger
 
@@ -111,3 +114,25 @@ def test_a_source_over_its_error_budget_stops_all_ranks_at_one_step_with_a_check
     assert overdrawn(state["totals"], counts), "so that the same command would stop at once"
     assert run.train(f"{errors}.share=1").returncode == EXIT_DONE, "a budget may be raised"
     assert sorted(run.losses()) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_server_that_goes_away_ends_the_life_with_try_again_and_the_same_command_goes_on(stage, demo, tmp_path):
+    shutil.copytree(demo.root, tmp_path / "served")
+    with WebServer(tmp_path / "served", {"error": 17, "cut": 23}) as server:
+        sources = {name: {"path": f"{server.url}/{name}", "index_dir": str(demo.source(name))} for name in ("pairs", "documents", "text")}
+        run = stage(data={"sources": sources, "read_deadline": 1.5, "read_stall": 0.5})
+        life = run.start()
+        while 3 not in run.losses():
+            assert life.poll() is None, life.communicate()
+            time.sleep(0.02)
+        server.kill()
+        _, err = life.communicate(timeout=120)
+        assert life.returncode == EXIT_TRY_AGAIN, err
+        assert "no answer in 1.5 s" in err
+        server.start()
+        done = run.train()
+        assert done.returncode == EXIT_DONE, done.stderr
+    local = stage("local")
+    assert local.train().returncode == EXIT_DONE
+    assert run.losses() == local.losses()
+    assert read_ledger(run.run.path) == read_ledger(local.run.path)
