@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     stats = commands.add_parser("stats", help="what a source holds: samples, tokens, images, damage", description=_STATS)
     stats.add_argument("source", type=Path, nargs="+", help="merged sources")
     stats.add_argument("--index-dir", type=Path, help="where the index is, if not beside the shards (one source only)")
+    stats.add_argument("--plot", type=Path, metavar="FILE", help="also draw the histograms into an .svg or .html file")
     stats.set_defaults(run=_stats)
 
     verify = commands.add_parser("verify", help="read shards again and compare them with their index", description=_VERIFY)
@@ -175,8 +176,7 @@ def _stats(args: argparse.Namespace) -> int:
 
     if args.index_dir and len(args.source) > 1:
         raise UserError("--index-dir names the index of one source (give one source)")
-    for source in args.source:
-        print_stats(source, args.index_dir)
+    print_stats(args.source, args.index_dir, args.plot)
     return EXIT_DONE
 
 
