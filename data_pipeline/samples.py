@@ -87,6 +87,8 @@ def image_size(data: bytes) -> tuple[int, int]:
             width, height = image.size
     except MemoryError:
         raise
+    except Image.DecompressionBombError as error:
+        raise BadSample(f"image too large: {error}") from None
     except Exception as error:  # noqa: BLE001  Pillow's plugins raise whatever hostile bytes lead them to (struct.error, KeyError, ...)
         raise BadSample(f"image header unreadable: {error}") from None
     if width * height > PIXEL_LIMIT or max(width, height) > 65535:
