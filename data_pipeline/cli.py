@@ -84,10 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     stats = commands.add_parser("stats", help="what a source holds: samples, tokens, images, damage", description=_STATS)
     stats.add_argument("source", nargs="+", help="merged sources: folders of shards, or their URLs")
     stats.add_argument("--index-dir", type=Path, help="where the index is, if not beside the shards (one source only)")
+    stats.add_argument("--plot", type=Path, metavar="FILE", help="also draw the histograms into an .svg or .html file")
     stats.set_defaults(run=_stats)
 
     verify = commands.add_parser("verify", help="read shards again and compare them with their index", description=_VERIFY)
-    verify.add_argument("source", type=Path, help="a merged source")
+    verify.add_argument("source", help="a merged source: a folder of shards, or its URL")
     verify.add_argument("--sample", type=float, default=1.0, metavar="SHARE", help="share of each shard, drawn anew each time (default 1)")
     verify.add_argument("--workers", type=int, default=1, metavar="N", help="shards at once (default 1)")
     verify.add_argument("--task", default="0/1", metavar="I/N", help="only the I-th of N shares of the shards, I from 0: for job arrays")
@@ -101,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=query.describe(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    select.add_argument("source", type=Path, help="a merged source")
+    select.add_argument("source", help="a merged source: a folder of shards, or its URL")
     select.add_argument("--where", default="true", metavar="SQL", help="condition on the columns below; all usable samples by default")
     select.add_argument(
         "--unique", default="", metavar="LIST", help=f"of {', '.join(query.UNIQUE)}: keep the first of samples that share it"
@@ -234,32 +235,34 @@ def _stats(args: argparse.Namespace) -> int:
 
     if args.index_dir and len(args.source) > 1:
         raise UserError("--index-dir names the index of one source (give one source)")
-    for source in args.source:
-        print_stats(to_path(source), args.index_dir)
+    print_stats([to_path(source) for source in args.source], args.index_dir, args.plot)
     return EXIT_DONE
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from data_pipeline.read.paths import to_path
     from data_pipeline.shards.source import ShardSource
     from data_pipeline.shards.verify import Verified, print_verified, verify_shard
 
     if not 0 < args.sample <= 1:
         raise UserError(f"--sample {args.sample} is no share (give a number above 0 and at most 1)")
     number, count = _task(args.task)
-    source = ShardSource(args.source.name, args.source, args.index_dir)
+    folder = to_path(args.source)
+    source = ShardSource(folder.name, folder, args.index_dir)
     mine = range(len(source.facts.shards))[number::count]
     found = Verified()
-    for part in _watched(partial(verify_shard, source=source, share=args.sample), mine, args.workers, f"verify {args.source.name}"):
+    for part in _watched(partial(verify_shard, source=source, share=args.sample), mine, args.workers, f"verify {folder.name}"):
         found.add(part)
     print_verified(args.source, len(mine), found)
     return EXIT_NEEDS_PERSON if found.wrong else EXIT_DONE
 
 
 def _select(args: argparse.Namespace) -> int:
+    from data_pipeline.read.paths import to_path
     from data_pipeline.shards.select import select
 
     unique = [u.strip() for u in args.unique.split(",") if u.strip()]
-    made = select(args.source, args.index_dir, args.where, unique, args.near_bits, args.command, args.output)
+    made = select(to_path(args.source), args.index_dir, args.where, unique, args.near_bits, args.command, args.output)
     return _say_selection(args.source, made, args.output)
 
 

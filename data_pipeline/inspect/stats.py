@@ -1,11 +1,11 @@
-"""What a source holds, as tables on a terminal.
+"""What sources hold, as tables on a terminal and as a picture.
 
 Invariant: reads the merged index alone (a few columns, in chunks), so that it costs seconds for a source of any size; opens no shard.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from data_pipeline.inspect.histograms import Histogram, write_plot
+from data_pipeline.read.paths import ShardPath
 from data_pipeline.samples import Kind
 from data_pipeline.shards.source import ShardSource
 
@@ -79,25 +81,60 @@ class SourceCounts:
             self.heights.add(records["height"][is_image])
 
 
-def print_stats(source: Path, index_dir: Path | None) -> None:
-    """Prints the tables of a merged source to stdout.
+def print_stats(sources: Sequence[ShardPath], index_dir: Path | None, plot: Path | None = None) -> None:
+    """Prints the tables of merged sources to stdout, side by side at the end if they are several.
+
+    Args:
+        sources: their folders.
+        index_dir: where the index of a single source is, if not beside its shards.
+        plot: an .svg or .html file for the histograms.
 
     Raises:
-        UserError: the source is not indexed and merged.
+        UserError: a source is not indexed and merged, or the plot cannot be written.
     """
-    opened = ShardSource(source.name, source, index_dir)
-    counts = SourceCounts(opened)
     console = Console(highlight=False)
     bar = "█" if console.encoding.startswith("utf") else "#"
-    tables = [_facts(opened, counts)]
-    if opened.facts.damaged:
-        tables.append(_damage(opened))
-    tables.append(_histogram("text tokens a sample", "tokens", counts.text, bar))
-    if opened.kind is Kind.document:
-        tables.append(_histogram("images a document", "images", counts.images, bar))
-    for table in tables:
-        console.print(table)
-        console.print()
+    opened = [ShardSource(source.name, source, index_dir) for source in sources]
+    charts: dict[str, list[Histogram]] = {}
+    for source in opened:
+        counts = SourceCounts(source)
+        tables = [_facts(source, counts)]
+        if source.facts.damaged:
+            tables.append(_damage(source))
+        tables.append(_histogram("text tokens a sample", "tokens", counts.text, bar))
+        if source.kind is Kind.document:
+            tables.append(_histogram("images a document", "images", counts.images, bar))
+        for table in tables:
+            console.print(table)
+            console.print()
+        charts[str(source.path)] = _charts(source, counts)
+    if len(opened) > 1:
+        console.print(_together(opened))
+    if plot:
+        write_plot(plot, charts)
+        console.print(f"plot: {plot.resolve()}", soft_wrap=True)
+
+
+def _charts(source: ShardSource, counts: SourceCounts) -> list[Histogram]:
+    found = [Histogram("text tokens a sample", counts.text.bins())]
+    if counts.widths:
+        found += [Histogram("image width", counts.widths.bins()), Histogram("image height", counts.heights.bins())]
+    if source.kind is Kind.document:
+        found.append(Histogram("images a document", counts.images.bins()))
+    return found
+
+
+def _together(sources: Sequence[ShardSource]) -> Table:
+    table = Table(title="together", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("source", overflow="fold")
+    for column in ("samples kept", "left out", "text tokens", "share", "tokens a sample", "images"):
+        table.add_column(column, justify="right")
+    every = [(str(s.path), s.facts.samples, s.facts.kept, s.text_tokens, s.images) for s in sources]
+    total = ("all", *(sum(column) for column in list(zip(*every, strict=True))[1:]))
+    for name, samples, kept, tokens, images in [*every, total]:
+        lost, share = (samples - kept) / max(1, samples), tokens / max(1, total[3])
+        table.add_row(Text(name), f"{kept:,}", f"{lost:.2%}", f"{tokens:,}", f"{share:.1%}", f"{tokens / max(1, kept):,.1f}", f"{images:,}")
+    return table
 
 
 def _chunks(source: ShardSource) -> Iterator[tuple[np.ndarray, np.ndarray]]:

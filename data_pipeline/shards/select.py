@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipeline.errors import UserError
+from data_pipeline.read.paths import ShardPath
 from data_pipeline.shards import selection
 from data_pipeline.shards.fingerprint import PHASH_BITS
 from data_pipeline.shards.index import OK, read_facts, sidecar_path
@@ -35,7 +36,7 @@ _BATCH = 1 << 20
 
 
 def select(
-    source: Path,
+    source: ShardPath,
     index_dir: Path | None,
     where: str,
     unique: Sequence[str],

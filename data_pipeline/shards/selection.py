@@ -105,7 +105,17 @@ def read(folder: Path, source: str, where: str) -> Selection:
             f"{where}: {folder} was made of another index of its source, which was indexed again since "
             f"(remove it, then run: {found.made_by})"
         )
+    if not _whole(folder, found.samples):
+        raise UserError(f"{where}: rows of {folder} are missing or cut short (remove it, then run: {found.made_by})")
     return found
+
+
+def _whole(folder: Path, samples: int) -> bool:
+    try:
+        starts = np.fromfile(folder / "blocks.bin", "<i8")
+        return len(starts) > 0 and starts[-1] == samples and (folder / "kept.bin").stat().st_size == 8 * samples
+    except FileNotFoundError:
+        return False
 
 
 def _write(source: PlanSource, rows: Iterable[np.ndarray], left_out: dict[str, int], made_by: str, folder: Path) -> Selection:

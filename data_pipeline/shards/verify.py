@@ -73,7 +73,7 @@ def verify_shard(shard: int, source: ShardSource, share: float) -> Verified:
     return found
 
 
-def print_verified(source: Path, shards: int, found: Verified) -> None:
+def print_verified(source: str | Path, shards: int, found: Verified) -> None:
     """Prints what was read, and every sample that is not what was indexed."""
     console = Console(highlight=False)
     share = len(found.wrong) / max(1, found.samples)

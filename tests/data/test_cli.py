@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from tars import make_image, make_pairs, overwrite, write_tar
 from data_pipeline.configure import load_data_view
 from data_pipeline.loader import open_data
 from data_pipeline.read.materialise import Materialiser
+from data_pipeline.shards.merge import merge
+from data_pipeline.shards.source import ShardSource
 
 COMMANDS = ("index", "merge", "stats", "verify", "select", "ledger", "preview", "replay", "simulate", "import")
 
@@ -173,6 +176,34 @@ def test_stats_show_what_the_index_counted(demo, xc_data, capsys):
     assert re.search(r"text tokens +22,602", out)
     assert "images a document" in out
     assert re.search(r"\n +1 +58 +[█#]{40} ", out), "the longest bar"
+
+
+def test_stats_of_several_sources_end_with_a_table_of_all(demo, tmp_path, xc_data, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    write_tar(tmp_path / "damaged" / "a.tar", [*make_pairs(3), ("bad.png", make_image()), ("bad.txt", b"\xff")])
+    assert xc_data("index", tmp_path / "damaged", "--tokenizer", demo.tokenizer) == 0
+    assert xc_data("merge", tmp_path / "damaged") == 0
+    assert xc_data("stats", demo.source("text"), tmp_path / "damaged") == 0
+    together = capsys.readouterr().out.partition("together")[2]
+    tokens = merge(tmp_path / "damaged", tmp_path / "damaged").text_tokens
+    assert re.search(r"/text +2,492 +0\.00% +22,602 +100\.0% +9\.1 +0 *\n", together)
+    assert re.search(rf"/damaged +3 +25\.00% +{tokens} +0\.0% +3\.0 +3 *\n", together)
+    assert re.search(rf"all +2,495 +0\.04% +{22602 + tokens:,} +100\.0% ", together)
+
+
+@pytest.mark.parametrize("name", ["plot.svg", "plot.html"])
+def test_a_plot_of_stats_is_one_file_that_holds_every_count(demo, tmp_path, xc_data, name):
+    assert xc_data("stats", demo.source("documents"), demo.source("pairs"), "--plot", tmp_path / name) == 0
+    text = (tmp_path / name).read_text()
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|src=|href=|<script", text)
+    svg = ElementTree.fromstring(text[text.index("<svg") : text.index("</svg>") + 6])
+    counts = [int(t.text.rpartition(": ")[2].replace(",", "")) for t in svg.iter("{http://www.w3.org/2000/svg}title")]
+    documents, pairs = (ShardSource("s", demo.source(n)).facts for n in ("documents", "pairs"))
+    assert sum(counts) == 2 * documents.kept + 2 * documents.images + pairs.kept + 2 * pairs.images
+
+
+def test_a_plot_of_another_kind_is_a_mistake(demo, tmp_path, mistake):
+    assert ".svg" in mistake("stats", demo.source("text"), "--plot", tmp_path / "plot.png")
 
 
 def test_stats_name_the_damage(demo, tmp_path, xc_data, capsys):

@@ -157,14 +157,15 @@ def test_an_empty_file_and_an_empty_tar_do_not_stop_the_others(pairs):
     assert facts.damaged == {"unreadable tar": 1}
 
 
-def huge_png() -> bytes:
-    """A few bytes that say that they are 178 million pixels and one row."""
-    ihdr = b"IHDR" + (13_343).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
+def huge_png(side: int) -> bytes:
+    """A few bytes that say that they are `side` squared pixels."""
+    ihdr = b"IHDR" + side.to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
     return b"\x89PNG\r\n\x1a\n" + len(ihdr[4:]).to_bytes(4, "big") + ihdr + zlib.crc32(ihdr).to_bytes(4, "big") + make_image()[33:]
 
 
 BAD_PAIRS = {
-    "image too large: 13343x13343": [("x.png", huge_png()), ("x.txt", b"a bomb")],
+    "image too large": [("x.png", huge_png(13_343)), ("x.txt", b"just above the limit of 178 million")],
+    "image too large:": [("x.png", huge_png(60_000)), ("x.txt", b"a bomb")],
     "image header unreadable": [("x.png", b"\x89PNG\r\n\x1a\nno picture"), ("x.txt", b"apple")],
     "text is not UTF-8": [("x.png", make_image()), ("x.txt", b"caf\xe9")],
     "missing member: txt": [("x.png", make_image())],

@@ -15,7 +15,7 @@ from demo_data import SEED, data_config, run, segments_of
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
-from tars import make_document, make_image, make_pairs, write_tar
+from tars import cut, make_document, make_image, make_pairs, write_tar
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.errors import UserError
@@ -346,6 +346,14 @@ def test_an_index_that_was_not_merged_again_is_refused(tmp_path, index, xc_data,
     assert xc_data("index", source, "--tokenizer", demo.tokenizer) == 0
     with pytest.raises(UserError, match="changed since it was merged"):
         select(source, None, "true", (), 4, "", tmp_path / "x")
+
+
+@pytest.mark.parametrize("column", ["kept.bin", "blocks.bin"])
+@pytest.mark.parametrize("harm", [Path.unlink, lambda file: cut(file, file.stat().st_size - 8)])
+def test_a_selection_that_lost_rows_is_refused(demo, half, column, harm):
+    harm(half / column)
+    with pytest.raises(UserError, match=r"data\.sources\.pairs\.selection: .*cut short .*run: xc-data select"):
+        ShardSource("pairs", demo.source("pairs"), None, half)
 
 
 @pytest.mark.parametrize("harm", ["missing", "cut", "another version", "no mapping"])
