@@ -25,8 +25,7 @@ from data_pipeline.inspect.history import StepRecord, find_step
 from data_pipeline.inspect.packs import PackView, Viewer, walk
 from data_pipeline.loader import Data, StepSampler, open_data
 from data_pipeline.plan.balance import EMPTY
-from data_pipeline.plan.plan import Cursor
-from data_pipeline.plan.split import Pieces
+from data_pipeline.plan.plan import Cursor, GlobalBatch
 from data_pipeline.read.materialise import Materialiser
 
 WIDE = 400
@@ -53,7 +52,7 @@ class Step:
     section: DataConfig
     seed: int
     data: Data
-    packs: list[Pieces]
+    batch: GlobalBatch
     at: list[Cursor]
     """Where each pack lies in the plan."""
 
@@ -61,12 +60,12 @@ class Step:
         """The micro-steps of these ranks, in order, and their batches; reads shards. Views hold pixels only with `pictures`."""
         viewer = Viewer(Materialiser(self.data.sources, self.data.tokenizer, self.section.images, self.seed), pictures)
         sampler = StepSampler(self.section, self.data.plan, self.record.cost, 0, self.record.world, self.cursor, self.record.step - 1)
-        places = sampler.assign(self.packs)
+        places = sampler.assign(self.batch)
         for rank in ranks:
             for micro, slots in enumerate(places[:, rank].tolist()):
                 own = [n for n in slots if n != EMPTY]
                 place = f"rank {rank}, micro-step {micro}"
-                batch, views = viewer.view([self.packs[n] for n in own], [self.at[n] for n in own], place)
+                batch, views = viewer.view([self.batch.pack(n) for n in own], [self.at[n] for n in own], place)
                 yield MicroStep(rank, micro, views), batch
 
     @property
@@ -92,13 +91,13 @@ def open_step(run: Path, number: int) -> Step:
     cursor, step = record.known_cursor, record.known_step
     while True:
         batch = data.plan.global_batch(cursor)
-        if not batch.packs:
+        if not len(batch):
             raise UserError(f"--step {number}: the run ends after step {step - 1} (ask for an earlier one)")
         if step == number:
             break
         cursor, step = batch.cursor, step + 1
-    at = [place for place, _ in islice(walk(data.plan, cursor), len(batch.packs))]
-    return Step(record, cursor, view.data, view.run.seed, data, batch.packs, at)
+    at = [place for place, _ in islice(walk(data.plan, cursor), len(batch))]
+    return Step(record, cursor, view.data, view.run.seed, data, batch, at)
 
 
 def replay(run: Path, number: int, rank: int | None, output: Path | None) -> None:

@@ -168,9 +168,9 @@ class _Walk:
         sampler = StepSampler(self._section, self._data.plan, self._model, 0, self._world, cursor, 0)
         for number in range(count):
             batch = self._data.plan.global_batch(cursor)
-            if not batch.packs:
+            if not len(batch):
                 return
-            yield self._step(number, batch.packs, sampler.assign(batch.packs))
+            yield self._step(number, batch.packs, sampler.assign(batch))
             cursor, self.done, self.progress = batch.cursor, batch.done, batch.progress or 0.0
 
     def neighbours(self) -> tuple[float, float]:

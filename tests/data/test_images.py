@@ -106,7 +106,7 @@ def test_a_decompression_bomb_is_a_bad_sample_before_it_is_decoded():
     for data in (png_of_size(50_000, 50_000), png_of_size(70_000, 1)):
         with pytest.raises(BadSample, match=r"image (too large|header unreadable)"):
             image_size(data)
-    with pytest.raises(BadSample, match="decompression bomb"):
+    with pytest.raises(BadSample, match="image too large: 50000x50000"):
         decode(png_of_size(50_000, 50_000))
 
 
