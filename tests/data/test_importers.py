@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import re
 import shutil
 from pathlib import Path
@@ -10,13 +11,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from imports import left_out, read_ours, read_plain, write_hugging_face, write_json, write_lines
 from PIL import Image
 from tars import make_image, make_pairs, write_tar
 
+from data_pipeline.importers import parquet
+from data_pipeline.importers.contract import Options
 from data_pipeline.importers.records import records
 from data_pipeline.samples import AnswerEndElement, BadSample, ImageElement, TextElement, TurnElement
 from data_pipeline.shards.index import read_index
+from data_pipeline.shards.write import Sample
 
 COLOURS = ("red", "green", "blue", "white", "black", "yellow", "orange", "pink", "grey", "brown")
 PICTURES = [make_image(8 + i, 6, colour) for i, colour in enumerate(COLOURS)]
@@ -294,6 +300,39 @@ def test_a_list_that_breaks_off_gives_what_is_whole_and_one_reason(tmp_path, cut
     assert found[:-1] == [{"n": i, "text": "x" * 50} for i in range(len(found) - 1)]
     assert isinstance(found[-1], BadSample)
     assert 15 < len(found) <= 100
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_no_bytes_at_all_make_reading_records_raise(tmp_path_factory, data):
+    """Arbitrary bytes, and good lists and lines with a few bytes changed."""
+    file = tmp_path_factory.mktemp("bytes") / "a.json"
+    good = [json.dumps(llava(3)).encode(), "\n".join(json.dumps(r) for r in llava(3)).encode()]
+    content = bytearray(
+        data.draw(st.one_of(st.binary(max_size=200), st.sampled_from(good), st.binary(max_size=50).map(lambda b: b"[" + b)))
+    )
+    for _ in range(data.draw(st.integers(0, 4))):
+        if content:
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    file.write_bytes(content)
+    found = list(records(file))
+    assert [row for row, _ in found] == list(range(len(found)))
+    assert all(isinstance(record, (dict, BadSample)) for _, record in found)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_parquet_with_changed_bytes_never_stops_an_import(tmp_path, seed):
+    """Whatever bytes of one file change, the whole file beside it is read to its end."""
+    good = write_hugging_face(tmp_path / "b.parquet", PICTURES, 5, caption=[f"a {c} thing" for c in COLOURS]).read_bytes()
+    rng = random.Random(seed)
+    for _ in range(20):
+        content = bytearray(good)
+        for _ in range(rng.choice([1, 3, 9])):
+            content[rng.randrange(4, len(content))] = rng.randrange(256)
+        (tmp_path / "a.parquet").write_bytes(content)
+        files = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+        found = list(parquet.samples(files, Options(tmp_path, image_column="image", text_column="caption"), 0, 1))
+        assert [item.key for item in found if isinstance(item, Sample)][-10:] == [f"00001-{i:09d}" for i in range(10)]
 
 
 # The official fine-tuning format
