@@ -78,6 +78,7 @@ def _index(args: argparse.Namespace) -> int:
     from rich.progress import Progress
 
     from data_pipeline.read.paths import index_folder, to_path
+    from data_pipeline.read.remote import worker_context
     from data_pipeline.samples import Kind
     from data_pipeline.shards.index import find_kind, index_shard, list_shards
     from data_pipeline.text.tokenizer import Tokenizer
@@ -91,7 +92,7 @@ def _index(args: argparse.Namespace) -> int:
     mine = shards[number::count]
     work = partial(index_shard, index_dir=index_dir, kind=kind, tokenizer=tokenizer)
     bar = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
-    with bar as progress, ProcessPoolExecutor(max(1, args.workers)) as pool:
+    with bar as progress, ProcessPoolExecutor(max(1, args.workers), worker_context()) as pool:
         results = pool.map(work, mine) if args.workers > 1 else map(work, mine)
         written = sum(progress.track(results, total=len(mine), description=f"index {source.name}"))
     guessed = "" if args.kind else " (guessed from the first sample)"
