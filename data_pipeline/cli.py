@@ -194,8 +194,10 @@ def _watched(work: Callable[[Any], Any], items: Sequence[Any], workers: int, wha
     from rich.console import Console
     from rich.progress import Progress
 
+    from data_pipeline.read.remote import worker_context
+
     bar = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
-    with bar as progress, ProcessPoolExecutor(max(1, workers)) as pool:
+    with bar as progress, ProcessPoolExecutor(max(1, workers), worker_context()) as pool:
         results = pool.map(work, items) if workers > 1 else map(work, items)
         yield from progress.track(results, total=len(items), description=what)
 

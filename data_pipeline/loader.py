@@ -4,7 +4,6 @@ The only stateful file of the package. Invariant: the sequence of steps is that 
 of workers; the state to save is the cursor that travels with a *consumed* step, since the sampler runs ahead.
 """
 
-import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from data_pipeline.read import budget
 from data_pipeline.read.cache import RangeCache
 from data_pipeline.read.ledger import BadEntry
 from data_pipeline.read.materialise import Materialiser
-from data_pipeline.read.remote import Patience, RemotePath, opened_here
+from data_pipeline.read.remote import Patience, RemotePath, worker_context
 from data_pipeline.read.storage import ShardReader
 from data_pipeline.shards.source import ShardSource
 from data_pipeline.text import templates
@@ -248,11 +247,8 @@ class Loader:
             TryAgainError: the file system failed in a worker.
             UserError: an index lost its files.
         """
-        if self._loader.num_workers and self._remote and opened_here():
-            # a client of an object store does not survive a fork: workers are then begun by a process that has none
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([__name__])
-            self._loader.multiprocessing_context = context
+        if self._loader.num_workers and self._remote:
+            self._loader.multiprocessing_context = worker_context(preload=__name__)
         micro_batches: list[MicroBatch] = []
         for micro_batch in self._loader:
             if isinstance(micro_batch, Exception):

@@ -6,6 +6,7 @@ Invariant: a read returns exactly the bytes asked for or raises. What may pass i
 
 import errno
 import io
+import multiprocessing
 import os
 import random
 import time
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from fnmatch import fnmatchcase
+from multiprocessing.context import BaseContext
 from typing import Any, TypeVar
 
 import obstore
@@ -49,9 +51,17 @@ class OtherSizeError(Exception):
     """The object is not the one that was indexed; the message says its size."""
 
 
-def opened_here() -> bool:
-    """Whether this process has remote clients, so that a fork of it could not read anything remote."""
-    return bool(_opened_by)
+def worker_context(preload: str | None = None) -> BaseContext:
+    """How to begin processes that may read remote shards: by a fork, or where this process has clients, by a server that has none.
+
+    `preload` names a module that the server imports once for all of them.
+    """
+    if not _opened_by:
+        return multiprocessing.get_context()
+    context = multiprocessing.get_context("forkserver")
+    if preload:
+        context.set_forkserver_preload([preload])
+    return context
 
 
 class RemoteStore:

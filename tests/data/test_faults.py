@@ -103,7 +103,9 @@ def crash_for_five_seconds(server: WebServer, after: int, readers: list[Future])
 def test_only_what_is_damaged_is_lost_and_the_ledger_names_it(demo, sources, server):
     whole, broken, lost = sources
     remote = config(demo, broken, server.url, workers=2, prefetch=1)
-    with ProcessPoolExecutor(RANKS, multiprocessing.get_context("spawn")) as pool:
+    fresh = multiprocessing.get_context("spawn")
+    # ranks are fresh processes, which fork their workers
+    with ProcessPoolExecutor(RANKS, fresh, initializer=multiprocessing.set_start_method, initargs=("fork", True)) as pool:
         readers = [pool.submit(read_rank, remote, rank, RANKS) for rank in range(RANKS)]
         crash_for_five_seconds(server, 60, readers)
         ranks = [reader.result() for reader in readers]

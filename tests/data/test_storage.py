@@ -112,6 +112,14 @@ def test_indexing_survives_a_bad_server(demo, shards, serve, xc_data, tmp_path, 
     assert {r["fault"] for r in server.requests()} == {None, "error", "cut"}
 
 
+def test_several_processes_index_a_remote_source(demo, shards, serve, xc_data, tmp_path):
+    """Though the one that listed the shards has a client, which no fork could use."""
+    url, index = f"{serve(shards).url}/pairs", tmp_path / "index"
+    assert xc_data("index", url, "--tokenizer", demo.tokenizer, "--index-dir", index, "--workers", 2) == 0
+    assert xc_data("merge", url, "--index-dir", index) == 0
+    assert ShardSource("s", url, index).digest == ShardSource("s", demo.source("pairs")).digest
+
+
 def test_a_truncated_remote_shard_is_damage_in_the_index(demo, shards, serve, xc_data, tmp_path):
     shard = shards / "pairs" / "train-000002.tar"
     cut(shard, shard.stat().st_size // 2)
@@ -157,7 +165,7 @@ def test_steps_from_a_web_server_are_those_from_local_shards(demo, serve, shards
     """With workers: begun by a process without clients, since this one has some."""
     config = remote_config(demo, serve(shards, error=11, cut=13), workers=workers)
     open_data(config, 0).sources[0].locate(0).shard.stat()
-    assert remote_module.opened_here()
+    assert remote_module.worker_context().get_start_method() == "forkserver"
     expected, found = run(data_config(demo.root)), run(config)
     for _ in range(2):
         assert same_step(next(expected), next(found))
