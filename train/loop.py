@@ -85,7 +85,12 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
         begins = f"resumed from step {state.step}" if resumed else "started"
         about = f"{config.run.name}: {begins}, {ranks.world} ranks, ZeRO-{config.deepspeed.stage}, {device.dtype} ({device.reason})"
         life = run.begin_life(
-            state.step if resumed else None, ranks.world, device.torch_device.type, data.plan.digest, asdict(cost_model(config))
+            resumed_from=state.step if resumed else None,
+            world=ranks.world,
+            device=device.torch_device.type,
+            plan=data.plan.digest,
+            origin=asdict(data.plan.origin),
+            cost=asdict(cost_model(config)),
         )
         reporter.begin(life, state.step, configure.as_dict(config), [optim.table(trained, frozen, config.train.lr), about, *change])
 

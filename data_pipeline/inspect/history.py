@@ -5,7 +5,7 @@ no cursor of another plan is taken.
 
     config.yaml                  the resolved config
     metrics.jsonl                `data/window`, `data/pack`: the cursor at which the line's step began
-    lives.jsonl                  a start line has `world`, `plan` (digest) and `cost` (coefficients of balance) of its life
+    lives.jsonl                  a start line has `world`, `plan` (digest), `origin` (where it took over) and `cost` (balance)
     checkpoints/*/state.json     `step` steps are done, the next begins at `cursor`
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 from data_pipeline import jsonl
 from data_pipeline.errors import UserError
 from data_pipeline.plan.balance import CostModel
-from data_pipeline.plan.plan import Cursor
+from data_pipeline.plan.origin import Cursor, Origin
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class StepRecord:
     world: int
     plan: str
     """Digest of the plan of that life."""
+    origin: Origin
+    """Where that plan took over from another one; the start of the run, as a rule."""
     cost: CostModel
     metrics: dict[str, Any]
     """Its line of metrics.jsonl; empty where it was never written, as of the step at which a life crashed."""
@@ -55,11 +57,13 @@ def find_step(run: Path, step: int) -> StepRecord:
     life = _life(run, starts, step, metrics.get("life"))
     same_plan = {start["life"] for start in starts if start.get("plan") == life["plan"]}
     states = [json.loads(file.read_text()) for file in run.glob("checkpoints/step-*/state.json")]
-    known = {1: Cursor(0, 0)}
+    origin = Origin(**life["origin"])
+    known = {origin.step + 1: Cursor(origin.window, 0)}
     known |= {state["step"] + 1: Cursor(*state["cursor"]) for state in states if state["plan_digest"] == life["plan"]}
     known |= {line["step"]: Cursor(line["data/window"], line["data/pack"]) for line in lines if line["life"] in same_plan}
     nearest = max(s for s in known if s <= step)
-    return StepRecord(step, nearest, known[nearest], life["life"], life["world"], life["plan"], CostModel(**life["cost"]), metrics)
+    world, plan, cost = life["world"], life["plan"], CostModel(**life["cost"])
+    return StepRecord(step, nearest, known[nearest], life["life"], world, plan, origin, cost, metrics)
 
 
 def _life(run: Path, starts: list[dict[str, Any]], step: int, number: int | None) -> dict[str, Any]:

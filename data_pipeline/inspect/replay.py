@@ -25,7 +25,7 @@ from data_pipeline.inspect.history import StepRecord, find_step
 from data_pipeline.inspect.packs import PackView, Viewer, walk
 from data_pipeline.loader import Data, StepSampler, open_data
 from data_pipeline.plan.balance import EMPTY
-from data_pipeline.plan.plan import Cursor, GlobalBatch
+from data_pipeline.plan.plan import Cursor, Packs
 from data_pipeline.read.materialise import Materialiser
 
 WIDE = 400
@@ -52,7 +52,7 @@ class Step:
     section: DataConfig
     seed: int
     data: Data
-    batch: GlobalBatch
+    packs: Packs
     at: list[Cursor]
     """Where each pack lies in the plan."""
 
@@ -60,12 +60,12 @@ class Step:
         """The micro-steps of these ranks, in order, and their batches; reads shards. Views hold pixels only with `pictures`."""
         viewer = Viewer(Materialiser(self.data.sources, self.data.tokenizer, self.section.images, self.seed), pictures)
         sampler = StepSampler(self.section, self.data.plan, self.record.cost, 0, self.record.world, self.cursor, self.record.step - 1)
-        places = sampler.assign(self.batch)
+        places = sampler.assign(self.packs)
         for rank in ranks:
             for micro, slots in enumerate(places[:, rank].tolist()):
                 own = [n for n in slots if n != EMPTY]
                 place = f"rank {rank}, micro-step {micro}"
-                batch, views = viewer.view([self.batch.pack(n) for n in own], [self.at[n] for n in own], place)
+                batch, views = viewer.view([self.packs.pack(n) for n in own], [self.at[n] for n in own], place)
                 yield MicroStep(rank, micro, views), batch
 
     @property
@@ -82,7 +82,7 @@ def open_step(run: Path, number: int) -> Step:
     """
     record = find_step(run, number)
     view = load_data_view(run / "config.yaml")
-    data = open_data(view.data, view.run.seed, view.train.steps)
+    data = open_data(view.data, view.run.seed, view.train.steps, record.origin)
     if data.plan.digest != record.plan:
         raise UserError(
             f"{run}: its data was indexed anew or selected otherwise since (plan {record.plan[:12]} in life {record.life}, "

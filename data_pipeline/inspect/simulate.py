@@ -21,7 +21,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.inspect.shuffle import OneShard, neighbour_distance, one_shard
 from data_pipeline.loader import Data, StepSampler, open_data
 from data_pipeline.plan.balance import EMPTY, CostModel, cost
-from data_pipeline.plan.plan import Cursor
+from data_pipeline.plan.plan import Cursor, Packs
 from data_pipeline.plan.split import Pieces
 
 TOKEN_7B, ATTENTION_7B, PATCH_7B, PATCH_SIDE = 1_703_936, 32, 73_728, 14
@@ -104,10 +104,9 @@ class Simulation:
                 f"data.global_batch: {section.global_batch} packs do not divide over {self.world} ranks x {section.micro_packs}: "
                 f"{lost:.1%} of all packs are empty (use {' or '.join(map(str, near))})"
             )
-        if self.data.plan.draws < section.window:
-            found.append(
-                f"data.window: {self.data.plan.draws:,} draws, not {section.window:,}: else a large source would repeat inside a window"
-            )
+        draws = min(phase.draws for phase in self.data.plan.phases)
+        if draws < section.window:
+            found.append(f"data.window: {draws:,} draws, not {section.window:,}: else a large source would repeat inside a window")
         for name, epochs in self.data.plan.repeats.items():
             found.append(f"data.sources.{name}: drawn {float(epochs):.1f} times inside one window (lower its weight, or give it more data)")
         return found
@@ -170,7 +169,7 @@ class _Walk:
             batch = self._data.plan.global_batch(cursor)
             if not len(batch):
                 return
-            yield self._step(number, batch.packs, sampler.assign(batch))
+            yield self._step(number, batch, sampler.assign(batch))
             cursor, self.done, self.progress = batch.cursor, batch.done, batch.progress or 0.0
 
     def neighbours(self) -> tuple[float, float]:
@@ -184,9 +183,8 @@ class _Walk:
         pairs = max(1, sum(count for _, count in measured))
         return sum(mean * count for mean, count in measured) / pairs, sum(mean * count for mean, count in uniform) / pairs
 
-    def _step(self, number: int, packs: list[Pieces], places: np.ndarray) -> Step:
-        pieces = Pieces.concatenate(packs)
-        starts = np.cumsum([0, *(len(p) for p in packs)])
+    def _step(self, number: int, packs: Packs, places: np.ndarray) -> Step:
+        pieces, starts = packs.pieces, packs.pack_starts
         lengths = pieces.tokens.astype(np.int64) - ~pieces.last  # a piece that does not end its sample has no end token
         sources = len(self._data.sources)
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from data_pipeline.errors import EXIT_DONE, UserError
 from data_pipeline.inspect.replay import Step, open_step
 from data_pipeline.loader import Loader, StepData, open_data
 from data_pipeline.plan.plan import Cursor
-from train import configure
+from train import checkpoint, configure
 from train.config import Config
 from train.flops import cost_model
 from train.run_dir import RunDir
@@ -126,6 +127,25 @@ def test_no_cursor_of_another_plan_is_taken(run, handed, tmp_path):
     step = open_step(made.path, 4)
     assert (step.record.life, step.record.known_step) == (3, 2)
     assert_same(step, handed[3])
+
+
+@pytest.mark.parametrize("repeat", [True, False])
+def test_a_step_after_a_change_of_plan_is_found_from_where_the_new_plan_took_over(run, tmp_path, repeat):
+    made = copy_of(run, tmp_path / "run")
+    made.config.write_text(made.config.read_text().replace("weight: '1'", "weight: '2'", 1))
+    state = checkpoint.read_state(made.checkpoints / "step-00000003")
+    origin = state.drawn.origin(state.next_cursor, state.step, repeat)
+    config = configure.read_resolved(made.path)
+    data = open_data(config.data, config.run.seed, config.train.steps, origin)
+    (start,) = [event for event in jsonl.read(made.lives) if event["event"] == "start"]
+    jsonl.append(made.lives, [{**start, "life": 2, "resumed_from": 3, "plan": data.plan.digest, "origin": asdict(origin)}])
+    made.metrics.write_text("".join(json.dumps(line) + "\n" for line in jsonl.read(made.metrics) if line["step"] <= 3))
+    cursor, costs = Cursor(origin.window, 0), cost_model(config)
+    ranks = [iter(Loader(config.data, data, config.run.seed, costs, rank, WORLD, cursor, 3)) for rank in range(WORLD)]
+    for number in (4, 5, 6):
+        step = open_step(made.path, number)
+        assert (step.record.life, step.record.known_step) == (2, 4)
+        assert_same(step, [next(rank) for rank in ranks])
 
 
 def test_what_was_dropped_and_which_packs_were_empty_is_in_the_table(run, xc_data, capsys, tmp_path):
