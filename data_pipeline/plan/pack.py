@@ -53,7 +53,7 @@ def pack(tokens: np.ndarray, images: np.ndarray, budgets: Budgets) -> np.ndarray
                     placed += taken * held
                     bins.put((room[0] - held * piece_tokens, room[1] - held * piece_images, room[2] - held), taken)
     packs = np.empty(len(order), np.int64)
-    packs[order] = placed
+    packs[order] = np.fromiter(placed, np.int64, len(placed))
     return packs
 
 

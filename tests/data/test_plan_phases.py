@@ -14,7 +14,7 @@ from data_pipeline.plan.origin import Origin
 from data_pipeline.plan.phases import Phase, PlannedPhase, Quotas
 from data_pipeline.plan.plan import Cursor, Plan
 
-rate_rows = st.lists(st.fractions(0, 10**5, max_denominator=10**7), min_size=3, max_size=3)
+rate_rows = st.tuples(*[st.builds(Fraction, st.integers(0, 10**12), st.integers(1, 10**7))] * 3)
 phase_lists = st.lists(st.tuples(st.integers(0, 10**6), rate_rows), min_size=1, max_size=5)
 
 
