@@ -25,6 +25,8 @@ VERSION = 1
 SUFFIX = ".index.parquet"
 OK = "ok"
 DUPLICATE = "duplicate key"
+REASON_LIMIT = 300
+"""Longest status in characters: it may quote what the damage left."""
 
 _ELEMENT = pa.struct([("tokens", pa.int32()), ("width", pa.uint16()), ("height", pa.uint16())])
 _MEMBER = pa.struct([("extension", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
@@ -177,6 +179,9 @@ def _rows(shard: Path, kind: Kind, tokenizer: Tokenizer) -> Iterator[dict[str, A
             if isinstance(sample, Damage):
                 yield _row(sample.key, sample.offset, 0, [], [], b"", sample.reason)
                 continue
+            if sample.damage:
+                yield _row(sample.key, sample.offset, 0, [], [], b"", sample.damage)
+                continue
             file.seek(sample.offset)
             data = file.read(sample.end - sample.offset)
             elements: list[dict[str, int]] = []
@@ -195,6 +200,7 @@ def _rows(shard: Path, kind: Kind, tokenizer: Tokenizer) -> Iterator[dict[str, A
 
 def _row(key: str, offset: int, size: int, members: list[Any], elements: list[Any], data: bytes, status: str) -> dict[str, Any]:
     status = status.encode("utf-8", "backslashreplace").decode()  # it may quote a JSON string, which may hold half a surrogate pair
+    status = status[:REASON_LIMIT]
     return {
         "key": key,
         "offset": offset,
