@@ -62,6 +62,7 @@ def check(inputs: list[dict]) -> None:
     assert high is None, f"input {high['number']} ({high['family']}) took memory to {high['peak_mib']:.0f} MiB"
 
 
+@pytest.mark.timeout(SILENCE)
 def test_a_thousand_hostile_inputs_end_in_samples_or_in_reasons(tmp_path):
     inputs = run_inputs(tmp_path / "run", 0, CHUNK)
     assert len(inputs) == CHUNK
