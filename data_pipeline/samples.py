@@ -20,6 +20,12 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 PIXEL_LIMIT = 178_000_000
 """Largest image, in pixels, that is decoded: about Pillow's own limit against decompression bombs."""
 Image.MAX_IMAGE_PIXELS = None  # `require_size` stands before every decode, and names the size that it refuses
+SCAN_LIMIT = 100
+"""Most scans of a JPEG, each of which goes over the whole picture for a few bytes; progressive ones that are meant well have ten or so."""
+TEXT_LIMIT = 1 << 22
+"""Largest text or JSON member in bytes: a long novel; as tokens or as objects it takes hundreds of times the memory."""
+ELEMENT_LIMIT = 10_000
+"""Most elements of a document, or turns of a conversation, by the same reasoning."""
 
 
 class Kind(Enum):
@@ -122,7 +128,7 @@ def image_size(data: bytes) -> tuple[int, int]:
     """Width and height in pixels, read from the header alone; as stored, before any EXIF rotation.
 
     Raises:
-        BadSample: not an image, or larger than `PIXEL_LIMIT`.
+        BadSample: not an image, larger than `PIXEL_LIMIT`, or of more than `SCAN_LIMIT` scans.
     """
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
@@ -132,6 +138,9 @@ def image_size(data: bytes) -> tuple[int, int]:
     except Exception as error:  # noqa: BLE001  Pillow's plugins raise whatever hostile bytes lead them to (struct.error, KeyError, ...)
         raise BadSample(f"image header unreadable: {error}") from None
     require_size(width, height)
+    scans = data.count(b"\xff\xda") if data.startswith(b"\xff\xd8") else 0
+    if scans > SCAN_LIMIT:
+        raise BadSample(f"image too large: {width}x{height} in {scans} scans")
     return width, height
 
 
@@ -150,6 +159,8 @@ def _document(members: Mapping[str, bytes]) -> list[Element]:
     texts, images = document.get("texts"), document.get("images")
     if not isinstance(texts, list) or not isinstance(images, list) or len(texts) != len(images):
         raise BadSample("json wrong: `texts` and `images` must be lists of one length")
+    if len(texts) > ELEMENT_LIMIT:
+        raise BadSample(f"document too large: {len(texts)} elements")
     elements: list[Element] = []
     for i, (text, image) in enumerate(zip(texts, images, strict=True)):
         if (text is None) == (image is None):
@@ -162,7 +173,7 @@ def _document(members: Mapping[str, bytes]) -> list[Element]:
         elif isinstance(image, str):
             member = members.get(image.lower())  # extensions are lower case, see `split_name`
             if member is None:
-                raise BadSample(f"missing member: {image[:80]}")
+                raise BadSample(f"missing member: {image[:80] or 'an image without a name'}")
             elements.append(ImageElement(member))
         else:
             raise BadSample(f"json wrong: element {i} is neither text nor the name of a member")
@@ -175,6 +186,8 @@ def _conversation(members: Mapping[str, bytes]) -> list[Element]:
     turns = _json(members).get("conversations")
     if not isinstance(turns, list) or not turns:
         raise BadSample("json wrong: `conversations` must be a list of turns")
+    if len(turns) > ELEMENT_LIMIT:
+        raise BadSample(f"conversation too large: {len(turns)} turns")
     images = _numbered_images(members)
     spoken = [_turn(i, turn) for i, turn in enumerate(turns)]
     placeholders = sum(value.count(PLACEHOLDER) for _, value in spoken)
@@ -237,6 +250,7 @@ def _is_unicode(text: str) -> bool:
 def _text(members: Mapping[str, bytes], extension: str) -> str:
     if extension not in members:
         raise BadSample(f"missing member: {extension}")
+    _refuse_large(members[extension])
     try:
         text = members[extension].decode("utf-8").strip()
     except UnicodeDecodeError as error:
@@ -246,9 +260,15 @@ def _text(members: Mapping[str, bytes], extension: str) -> str:
     return text
 
 
+def _refuse_large(member: bytes) -> None:
+    if len(member) > TEXT_LIMIT:
+        raise BadSample(f"text too large: {len(member)} bytes")
+
+
 def _json(members: Mapping[str, bytes]) -> dict[str, Any]:
     if "json" not in members:
         raise BadSample("missing member: json")
+    _refuse_large(members["json"])
     try:
         value = json.loads(members["json"])
     except (ValueError, RecursionError) as error:

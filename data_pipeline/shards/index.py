@@ -28,6 +28,8 @@ VERSION = 2
 SUFFIX = ".index.parquet"
 OK = "ok"
 DUPLICATE = "duplicate key"
+REASON_LIMIT = 300
+"""Longest status in characters: it may quote what the damage left."""
 
 _ELEMENT = pa.struct(
     [
@@ -90,7 +92,7 @@ def find_kind(shards: list[ShardPath]) -> Kind:
     for shard in shards:
         with shard.open("rb") as file:
             for sample in walk_file(file, shard.stat().st_size):
-                if isinstance(sample, RawSample):
+                if isinstance(sample, RawSample) and not sample.damage:
                     file.seek(sample.offset)
                     kind = guess_kind(_members(sample, file.read(sample.end - sample.offset)))
                     if kind is not None:
@@ -200,6 +202,9 @@ def _rows(shard: ShardPath, kind: Kind, tokenizer: Tokenizer, phash: bool) -> It
             if isinstance(sample, Damage):
                 yield _row(sample.key, sample.offset, 0, [], [], b"", sample.reason)
                 continue
+            if sample.damage:
+                yield _row(sample.key, sample.offset, 0, [], [], b"", sample.damage)
+                continue
             file.seek(sample.offset)
             data = file.read(sample.end - sample.offset)
             elements: list[dict[str, Any]] = []
@@ -218,6 +223,7 @@ def _rows(shard: ShardPath, kind: Kind, tokenizer: Tokenizer, phash: bool) -> It
 
 def _row(key: str, offset: int, size: int, members: list[Any], elements: list[Any], data: bytes, status: str) -> dict[str, Any]:
     status = status.encode("utf-8", "backslashreplace").decode()  # it may quote a JSON string, which may hold half a surrogate pair
+    status = status[:REASON_LIMIT]
     return {
         "key": key,
         "offset": offset,

@@ -9,11 +9,17 @@ import io
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from data_pipeline.read.paths import ShardPath
 
 BLOCK = 512
+SAMPLE_LIMIT = 1 << 28
+"""Largest sample in bytes, headers included: it is read into memory whole."""
+HEADER_LIMIT = 1 << 14
+"""Largest extended header (PAX, GNU long name) in bytes: tarfile reads it whole and searches it in quadratic time."""
+NAME_LIMIT = 4096
+"""Longest name of a member in characters, as file systems have it: it goes into the index, ledgers and messages."""
 
 
 @dataclass
@@ -26,7 +32,9 @@ class RawSample:
     end: int
     """One past the last byte of its last member, padding included."""
     members: list[tuple[str, int, int]] = field(default_factory=list)
-    """(extension, offset in the tar, size in bytes), in order."""
+    """(extension, offset in the tar, size in bytes), in order; not complete where there is damage."""
+    damage: str = ""
+    """Why it cannot be used whatever its members hold; those after it can."""
 
 
 @dataclass
@@ -39,8 +47,25 @@ class Damage:
     """The sample that it cut, where that is known."""
 
 
-_UNREADABLE = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, MemoryError, RecursionError)
+_UNREADABLE = (tarfile.TarError, EOFError, OSError, ValueError, IndexError, OverflowError, MemoryError, RecursionError)
 """What tarfile raises where headers lie: sizes that no memory holds, chains of headers, seeks to nowhere."""
+
+
+class _Header(tarfile.TarInfo):
+    """A header that does not make tarfile read without bound."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _EXTENSIONS and not 0 <= self.size <= HEADER_LIMIT:
+            raise tarfile.ReadError(f"an extended header of {self.size} bytes")
+        return super()._proc_member(tar)
+
+
+_EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+
+
+def _open(file: IO[bytes]) -> tarfile.TarFile:
+    # names that are not UTF-8 must still be names that an index can hold
+    return tarfile.TarFile(fileobj=file, mode="r", tarinfo=_Header, errorlevel=1, encoding="utf-8", errors="backslashreplace")
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -63,38 +88,41 @@ def walk(path: ShardPath) -> Iterator[RawSample | Damage]:
 def walk_file(file: BinaryIO, size: int) -> Iterator[RawSample | Damage]:
     """As `walk`, of an open tar of `size` bytes; between two samples the caller may read and seek in it."""
     current: RawSample | None = None
+    extensions: set[str] = set()
     position = 0
     try:
-        # names that are not UTF-8 must still be names that an index can hold
-        tar = tarfile.TarFile(fileobj=file, mode="r", errorlevel=1, encoding="utf-8", errors="backslashreplace")
+        tar = _open(file)
         while (member := tar.next()) is not None:
             position = member.offset
             end = tar.offset
             tar.members.clear()  # tarfile remembers every member; a shard may hold millions
             if member.size < 0 or end <= member.offset:
                 yield from _flush(current)
-                yield Damage(member.offset, f"unreadable tar: {member.name!r} has {member.size} bytes")
+                yield Damage(member.offset, f"unreadable tar: {member.name[:80]!r} has {member.size} bytes")
                 return
             if member.offset_data + member.size > size:
-                cut = split_name(member.name)[0]
+                cut = split_name(member.name[:NAME_LIMIT])[0]
                 yield from _flush(current, drop=cut)
-                yield Damage(member.offset, f"truncated tar: {member.name!r} ends past the end of the file", cut)
+                yield Damage(member.offset, f"truncated tar: {member.name[:80]!r} ends past the end of the file", cut)
                 return
             position = end
-            if not member.isfile():
+            if member.isdir():
                 continue
-            key, extension = split_name(member.name)
+            key, extension = split_name(member.name[:NAME_LIMIT])
             # a second member of one name begins the key anew: two samples that share a key, side by side
-            if current is None or current.key != key or any(extension == e for e, _, _ in current.members):
+            if current is None or current.key != key or extension in extensions:
                 yield from _flush(current)
-                current = RawSample(key, member.offset, end)
-            current.members.append((extension, member.offset_data, member.size))
+                current, extensions = RawSample(key, member.offset, end), set()
             current.end = min(end, size)
+            current.damage = current.damage or _objection(member, current)
+            if not current.damage:
+                extensions.add(extension)
+                current.members.append((extension, member.offset_data, member.size))
     except _UNREADABLE as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         yield from _flush(current)
-        yield Damage(position, f"unreadable tar: {error}")
+        yield Damage(position, f"unreadable tar: {str(error) or type(error).__name__}")
         return
     yield from _flush(current)
     reason = _judge_end(file, position)
@@ -110,11 +138,22 @@ def read_members(data: bytes) -> dict[str, bytes]:
     """
     members: dict[str, bytes] = {}
     data += bytes(-len(data) % BLOCK)  # a tar that was cut in its last padding still holds the whole member
-    with tarfile.TarFile(fileobj=io.BytesIO(data), mode="r", errorlevel=1, encoding="utf-8", errors="backslashreplace") as tar:
+    with _open(io.BytesIO(data)) as tar:
         for member in tar:
             if member.isfile():
                 members[split_name(member.name)[1]] = data[member.offset_data : member.offset_data + member.size]
     return members
+
+
+def _objection(member: tarfile.TarInfo, sample: RawSample) -> str:
+    """Why a member makes its sample one that cannot be used; empty where it does not."""
+    if not member.isfile() or member.issparse():
+        return f"not a plain file: {member.name[:80]!r} is a link, a device or sparse"
+    if len(member.name) > NAME_LIMIT:
+        return f"name too long: {len(member.name)} characters"
+    if sample.end - sample.offset > SAMPLE_LIMIT:
+        return f"sample too large: over {SAMPLE_LIMIT} bytes"
+    return ""
 
 
 def _flush(sample: RawSample | None, drop: str | None = None) -> Iterator[RawSample]:

@@ -13,6 +13,9 @@ from data_pipeline.errors import UserError
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of data workers
 
+LONG = 1 << 16
+"""Characters from which on a text is remembered, the last one only: its pieces come one by one, and each needs all of its tokens."""
+
 
 class Tokenizer:
     """Words to ids and back."""
@@ -40,12 +43,17 @@ class Tokenizer:
         self.end = self._special("</s>", file)
         self.special = {i: t.content for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
         """Special tokens by id."""
+        self._last_long: tuple[str, list[int]] = "", []
         self.size: int = self._tokenizer.get_vocab_size()
         self._template_ids: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, no special tokens added."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        """Ids of `text`, no special tokens added; a new list."""
+        if len(text) < LONG:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        if text != self._last_long[0]:
+            self._last_long = text, self._tokenizer.encode(text, add_special_tokens=False).ids
+        return list(self._last_long[1])
 
     def encode_template(self, text: str) -> list[int]:
         """Ids of a template's own words, in which special tokens are special; never for words out of data."""
