@@ -7,6 +7,7 @@ Invariant: anything that only one rank knows (a stop request, dropped samples, i
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -54,5 +55,16 @@ def join(backend: str) -> Ranks:
     rank, world, local_rank = from_environment()
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT, auto_mpi_discovery=False, verbose=False)
-    control = dist.new_group(backend="gloo", timeout=TIMEOUT)
-    return Ranks(rank, world, local_rank, control)
+    ranks = Ranks(rank, world, local_rank, dist.new_group(backend="gloo", timeout=TIMEOUT))
+    ranks.barrier()
+    _unname_shared_memory(rank)
+    return ranks
+
+
+def _unname_shared_memory(rank: int) -> None:
+    """Takes the name from the memory that DeepSpeed's CPU kernel shares between ranks: all have mapped it by now.
+
+    Nothing else would: with its name, each rank's 66 MiB outlive every end of a run, and fill the machine's memory in time.
+    """
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,13 +96,15 @@ def test_a_finished_run_is_passed_over_and_only_the_configured_checkpoints_stay(
     assert finished.run.life() == 1
 
 
-def test_ranks_end_when_their_launcher_is_killed(stage):
+def test_ranks_end_when_their_launcher_is_killed_and_leave_no_shared_memory(stage):
+    shared = set(Path("/dev/shm").glob("deepspeed_*"))
     orphaned = stage(train={"steps": 1_000_000}, data={"workers": 1})
     process = orphaned.start()
     while 2 not in orphaned.losses():
         assert process.poll() is None
         time.sleep(0.02)
     assert len(orphaned.rank_pids()) >= 2
+    assert set(Path("/dev/shm").glob("deepspeed_*")) <= shared
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 30
