@@ -116,6 +116,8 @@ def _fast_jpeg(data: bytes, policy: ImageConfig, rng: np.random.Generator | None
     # channels last, as it lies in memory: torch's kernel for uint8 is then the one that is vectorised
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     square = interpolate(image, (policy.size, policy.size), mode="bicubic", antialias=True, align_corners=False)[0]
+    if rng is None or not policy.jitter:
+        return square.numpy()  # channels first, contiguous
     return _jittered(Image.fromarray(np.ascontiguousarray(square.permute(1, 2, 0).numpy())), policy, rng)
 
 
