@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 
-.PHONY: install demo test check soak bench gpu-check clean
+.PHONY: install demo test check soak bench bench-peers gpu-check clean
 install: $(READY)
 
 $(READY): setup.py
@@ -30,9 +30,23 @@ soak: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/plan.py
+	$(BIN)/python benchmarks/loader.py
+
+# The peers see the project's packages, so that torch and the decoders are the same for all; what they need beyond lies in .venv-peers.
+PEERS := .venv-peers
+bench-peers: $(PEERS)/.ready
+	$(BIN)/python benchmarks/loader.py
+
+$(PEERS)/.ready: $(READY) benchmarks/peers/requirements.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$($(PEERS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth
+	$(BIN)/python -m pip freeze | grep -E '^(torch|torchvision|pillow|simplejpeg|webdataset)==' > $(PEERS)/constraints.txt
+	$(PEERS)/bin/python -m pip install --quiet --upgrade pip
+	$(PEERS)/bin/python -m pip install --quiet --constraint $(PEERS)/constraints.txt --requirement benchmarks/peers/requirements.txt
+	touch $@
 
 gpu-check: $(READY)
 	$(BIN)/python -m pytest -m gpu -rA
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(PEERS) runs

@@ -71,6 +71,13 @@ class PackedBatch:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         return {k: v for k, v in values.items() if isinstance(v, Tensor)}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """As it travels from a worker: torch gives every tensor a file of shared memory, which costs more than the words do in a pipe."""
+        return {k: v.numpy() if isinstance(v, Tensor) and k != "images" else v for k, v in self.__dict__.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in state.items()})
+
     def pin_memory(self) -> "PackedBatch":
         """The same batch in page-locked memory; torch's DataLoader calls this."""
         return replace(self, **{k: v.pin_memory() for k, v in self.tensors().items()})

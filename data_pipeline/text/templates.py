@@ -103,27 +103,31 @@ def render(elements: Sequence[Element], bounds: Bounds, tokenizer: Tokenizer, im
     Raises:
         BadSample: the elements are not those that were indexed.
     """
-    ids, supervised, positions, images = [tokenizer.begin], [False], [], []
+    runs: list[Sequence[int] | np.ndarray] = [(tokenizer.begin,)]
+    words, images, places, length = [False], [], [], 1
     stop = bounds.end_element + (1 if bounds.end_offset else 0)
     if stop > len(elements):
         raise BadSample(f"sample has {len(elements)} elements, the index says at least {stop}")
     for number in range(bounds.start_element, stop):
         element = elements[number]
         if isinstance(element, ImageElement):
-            positions += range(len(ids), len(ids) + image_tokens)
-            ids += [tokenizer.end] * image_tokens
-            supervised += [False] * image_tokens
+            runs.append(np.full(image_tokens, tokenizer.end))
+            words.append(False)
             images.append(number)
+            places.append(length)
         else:
             first = bounds.start_offset if number == bounds.start_element else 0
             last = bounds.end_offset if number == bounds.end_element else None
-            tokens = encode(element, tokenizer)[first:last]
-            ids += tokens
-            supervised += [_is_learnt(element)] * len(tokens)
+            runs.append(encode(element, tokenizer)[first:last])
+            words.append(_is_learnt(element))
+        length += len(runs[-1])
     if bounds.last:
-        ids.append(tokenizer.end)
-        supervised.append(not isinstance(elements[-1], TurnElement))  # nobody answered: nothing was said that could end
-    return Rendered(np.asarray(ids, np.int64), np.asarray(supervised, bool), np.asarray(positions, np.int64), tuple(images))
+        runs.append((tokenizer.end,))
+        words.append(not isinstance(elements[-1], TurnElement))  # nobody answered: nothing was said that could end
+    ids = np.concatenate([np.asarray(run, np.int64) for run in runs])
+    supervised = np.repeat(words, [len(run) for run in runs])
+    image_positions = np.add.outer(np.asarray(places, np.int64), np.arange(image_tokens)).ravel()
+    return Rendered(ids, supervised, image_positions, tuple(images))
 
 
 def _is_learnt(element: TextElement | MarkerElement) -> bool:

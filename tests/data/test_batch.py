@@ -1,7 +1,11 @@
 """The packed batch keeps its contract whatever segments it is built from."""
 
+import pickle
+from multiprocessing.reduction import ForkingPickler
+
 import numpy as np
 import pytest
+from demo_data import same_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -125,6 +129,13 @@ def test_an_empty_pack_has_every_row_that_a_model_needs():
     assert set(batch.targets.tolist()) == {IGNORE}
     assert batch.images.shape == (1, 3, SIZE, SIZE)
     assert batch.image_index.tolist() == [T_BUCKET - 1] * IMAGE_TOKENS
+
+
+@settings(max_examples=20, deadline=None)
+@given(packs)
+def test_a_batch_comes_from_its_worker_as_it_was_made(parts):
+    made = batch_of(parts)
+    assert same_batch(pickle.loads(ForkingPickler.dumps(made)), made)
 
 
 def test_moving_a_batch_keeps_its_plain_fields():
