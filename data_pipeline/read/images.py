@@ -141,7 +141,7 @@ def _decode_jpeg(data: bytes, policy: ImageConfig) -> tuple[np.ndarray, tuple[in
     except Exception:  # noqa: BLE001  damaged or hostile: Pillow says whether it is readable, and why not
         return None
     if turn is not None:
-        pixels = np.ascontiguousarray(_NUMPY_TURNS[turn](pixels))
+        pixels = _NUMPY_TURNS[turn](pixels).copy()  # a flip of a single row counts as contiguous, and torch refuses its stride
         size = size[::-1] if turn in _SWAPPING else size
     return pixels, size
 

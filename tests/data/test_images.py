@@ -243,6 +243,13 @@ def test_fast_jpeg_takes_the_same_crop_and_jitter(policy, orientation):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(40, 1), (1, 40), (1, 1)])
+def test_fast_jpeg_turns_a_picture_of_one_row_or_column(size, orientation):
+    data = encode(scene(40, 40).resize(size), "JPEG", **JPEG, exif=oriented(orientation))
+    assert load_square(data, ImageConfig(size=32, tokens=1), None).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
 def test_fast_jpeg_is_upright(orientation, monkeypatch):
     data = encode(scene(100, 61), "JPEG", **JPEG, exif=oriented(orientation))
     assert error(data)[1] <= 2
