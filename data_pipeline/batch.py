@@ -72,8 +72,11 @@ class PackedBatch:
         return {k: v for k, v in values.items() if isinstance(v, Tensor)}
 
     def __getstate__(self) -> dict[str, Any]:
-        """As it travels from a worker: torch gives every tensor a file of shared memory, which costs more than the words do in a pipe."""
-        return {k: v.numpy() if isinstance(v, Tensor) and k != "images" else v for k, v in self.__dict__.items()}
+        """As it travels from a worker: torch gives every tensor a file of shared memory, which costs more than the words do in a pipe.
+
+        A worker hands its images over by themselves (data_pipeline/read/slots.py).
+        """
+        return {k: v.numpy() if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update({k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in state.items()})
@@ -100,8 +103,11 @@ L_BUCKET = 64
 """L is a multiple of this: ever-changing row counts made memory grow on CPUs."""
 
 
-def assemble(segments: Sequence[Segment], image_size: int, image_tokens: int, pad_id: int) -> PackedBatch:
-    """Lays segments end to end and closes with the padding segment; no segment at all gives an empty pack."""
+def assemble(segments: Sequence[Segment], image_size: int, image_tokens: int, pad_id: int, room: np.ndarray | None = None) -> PackedBatch:
+    """Lays segments end to end and closes with the padding segment; no segment at all gives an empty pack.
+
+    `room` [at least M, 3, H, W] uint8 is where the images are laid; new memory by default.
+    """
     rendered = [s.rendered for s in segments]
     lengths = [len(r.ids) for r in rendered]
     total = sum(lengths)
@@ -132,7 +138,7 @@ def assemble(segments: Sequence[Segment], image_size: int, image_tokens: int, pa
         input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
-        images=torch.from_numpy(np.stack(pixels)),
+        images=torch.from_numpy(np.stack(pixels, out=None if room is None else room[: len(pixels)])),
         image_grid=torch.ones(len(pixels), 2, dtype=torch.int64),
         image_index=torch.from_numpy(image_index),
         target_index=torch.from_numpy(_fill(target_index, L, padding_at)),

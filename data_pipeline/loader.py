@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from data_pipeline.batch import PackedBatch
 from data_pipeline.config import DataConfig, as_plain
@@ -28,6 +28,7 @@ from data_pipeline.read.cache import RangeCache
 from data_pipeline.read.ledger import BadEntry
 from data_pipeline.read.materialise import Materialiser
 from data_pipeline.read.remote import Patience, RemotePath, worker_context
+from data_pipeline.read.slots import Handover, Slots
 from data_pipeline.read.storage import ShardReader
 from data_pipeline.shards.source import ShardSource
 from data_pipeline.text import templates
@@ -55,10 +56,8 @@ class MicroBatch:
     request: Request
     batch: PackedBatch
     bad: list[BadEntry]
-
-    def pin_memory(self) -> "MicroBatch":
-        """The same in page-locked memory; torch's DataLoader calls this."""
-        return replace(self, batch=self.batch.pin_memory())
+    handover: Handover | None = None
+    """Where the images are while it travels from a worker; `batch.images` is empty until then."""
 
 
 @dataclass(frozen=True)
@@ -196,21 +195,26 @@ class StepSampler(Sampler[Request]):
         return assign(costs, self.ranks, self.config.micro_packs, self.config.global_batch)
 
 
-class _Requests(Dataset[MicroBatch | UserError | TryAgainError]):
+class _Requests(Dataset["MicroBatch | UserError | TryAgainError"]):
     """`dataset[request]` materialises; the pieces travel in the request, so workers plan nothing.
 
     A user error travels as a value: torch would raise its own copy, with the worker's traceback for a message.
     """
 
-    def __init__(self, materialiser: Materialiser) -> None:
-        self.materialiser = materialiser
+    def __init__(self, materialiser: Materialiser, slots: Slots | None) -> None:
+        self.materialiser, self.slots = materialiser, slots
 
-    def __getitem__(self, request: Request) -> MicroBatch | UserError | TryAgainError:
+    def __getitem__(self, request: Request) -> "MicroBatch | UserError | TryAgainError":
+        worker = get_worker_info()
         try:
-            batch, bad = self.materialiser.batch(request.packs)
+            if worker is None or self.slots is None:
+                return MicroBatch(request, *self.materialiser.batch(request.packs))
+            number, room = self.slots.next(worker.id)
+            batch, bad = self.materialiser.batch(request.packs, room)
         except (UserError, TryAgainError) as error:
             return error
-        return MicroBatch(request, batch, bad)
+        handover = Handover(worker.id, number, len(batch.images))
+        return MicroBatch(request, replace(batch, images=batch.images[:0].clone()), bad, handover)
 
 
 class Loader:
@@ -228,15 +232,17 @@ class Loader:
         step: int,
         pin: bool = False,
     ) -> None:
+        """`pin`: tensors in page-locked memory. Raises UserError: no shared memory for the workers."""
         cache = RangeCache(Path(config.cache_dir), int(config.cache_gib * 2**30)) if config.cache_dir else None
         self._remote = any(isinstance(source.path, RemotePath) for source in data.sources)
+        self._pin = pin
+        self._slots = Slots(config.workers, config.prefetch, _most_images(config, data), config.images.size) if config.workers else None
         self._loader = DataLoader(
-            _Requests(Materialiser(data.sources, data.tokenizer, config.images, seed, ShardReader(cache))),
+            _Requests(Materialiser(data.sources, data.tokenizer, config.images, seed, ShardReader(cache)), self._slots),
             sampler=StepSampler(config, data.plan, cost_model, rank, ranks, cursor, step),
             batch_size=None,
             num_workers=config.workers,
             prefetch_factor=config.prefetch if config.workers else None,
-            pin_memory=pin,
             generator=torch.Generator(),  # its own: starting an iterator must not move the training's random state
         )
 
@@ -250,11 +256,25 @@ class Loader:
         if self._loader.num_workers and self._remote:
             self._loader.multiprocessing_context = worker_context(preload=__name__)
         micro_batches: list[MicroBatch] = []
-        for micro_batch in self._loader:
-            if isinstance(micro_batch, Exception):
-                raise micro_batch
-            micro_batches.append(micro_batch)
-            request = micro_batch.request
+        for found in self._loader:
+            if isinstance(found, Exception):
+                raise found
+            micro_batches.append(self._received(found))
+            request = found.request
             if len(micro_batches) == request.micro_steps:
                 yield StepData(request.step, request.cursor, request.progress, micro_batches)
                 micro_batches = []
+
+    def _received(self, found: MicroBatch) -> MicroBatch:
+        """With its images, out of the worker's slot: at once, since the slot is written again soon."""
+        batch = found.batch
+        if self._slots is not None and found.handover is not None:
+            batch = replace(batch, images=self._slots.take(found.handover, self._pin))
+        return replace(found, batch=batch.pin_memory() if self._pin else batch, handover=None)
+
+
+def _most_images(config: DataConfig, data: Data) -> int:
+    """Images that a micro-batch can hold; one, the dummy, where no source has any."""
+    if not any(source.images for source in data.sources):
+        return 1
+    return config.micro_packs * max(1, min(config.images_per_pack, config.context // config.images.tokens))

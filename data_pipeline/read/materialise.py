@@ -33,19 +33,19 @@ class Materialiser:
         self.seed = seed
         self.reader = reader or ShardReader()
 
-    def batch(self, packs: Sequence[Pieces]) -> tuple[PackedBatch, list[BadEntry]]:
-        """The packs of a micro-batch as one batch, and what had to be dropped."""
+    def batch(self, packs: Sequence[Pieces], room: np.ndarray | None = None) -> tuple[PackedBatch, list[BadEntry]]:
+        """The packs of a micro-batch as one batch, its images in `room` where that is given, and what had to be dropped."""
         found = [part for pieces in packs for part in self.segments(pieces)]
-        return self.assemble([s for s in found if isinstance(s, Segment)]), [b for b in found if isinstance(b, BadEntry)]
+        return self.assemble([s for s in found if isinstance(s, Segment)], room), [b for b in found if isinstance(b, BadEntry)]
 
     def segments(self, pieces: Pieces) -> list[Segment | BadEntry]:
         """What each piece of a pack gives: its segment, or why it was dropped."""
         data = self.reader.read_all([self._locate(pieces, i) for i in range(len(pieces))])
         return [self._segment(pieces, i, data[i]) for i in range(len(pieces))]
 
-    def assemble(self, segments: Sequence[Segment]) -> PackedBatch:
+    def assemble(self, segments: Sequence[Segment], room: np.ndarray | None = None) -> PackedBatch:
         """The segments as one batch."""
-        return assemble(segments, self.images.size, self.images.tokens, self.tokenizer.end)
+        return assemble(segments, self.images.size, self.images.tokens, self.tokenizer.end, room)
 
     def elements(self, source: int, row: int) -> list[Element]:
         """The parsed elements of a sample.
