@@ -13,6 +13,8 @@ from data_pipeline.plan.columns import Budgets
 from data_pipeline.plan.order import sorting_permutation
 
 _LARGEST = np.uint64((1 << 32) - 1)
+_SHIFT = 6
+_WORD = 1 << _SHIFT
 
 
 def pack(tokens: np.ndarray, images: np.ndarray, budgets: Budgets) -> np.ndarray:
@@ -32,7 +34,7 @@ def pack(tokens: np.ndarray, images: np.ndarray, budgets: Budgets) -> np.ndarray
     counts = np.diff(starts, append=len(order))
     runs = zip(tokens[order[starts]].tolist(), images[order[starts]].tolist(), counts.tolist(), strict=True)
 
-    bins = _OpenBins(budgets.tokens, smallest=int(tokens.min()))
+    bins = _OpenBins(budgets, images, smallest=int(tokens.min()))
     placed: list[int] = []
     opened, fresh = 0, (budgets.tokens, budgets.images, budgets.segments)
     for piece_tokens, piece_images, count in runs:
@@ -45,13 +47,17 @@ def pack(tokens: np.ndarray, images: np.ndarray, budgets: Budgets) -> np.ndarray
                 opened += wanted
             else:
                 ids = bins.take(room, wanted)
-            full, rest = divmod(min(count, each * len(ids)), each)
-            count -= full * each + rest
-            partly = [ids.pop()] if rest else []
-            for taken, held in ((ids, each), (partly, rest)):
-                if taken:
-                    placed += taken * held
-                    bins.put((room[0] - held * piece_tokens, room[1] - held * piece_images, room[2] - held), taken)
+            held = min(count, each * len(ids))
+            count -= held
+            rest = held % each
+            if rest:
+                last = [ids.pop()]
+                bins.put((room[0] - rest * piece_tokens, room[1] - rest * piece_images, room[2] - rest), last)
+            if ids:
+                placed += ids * each if each > 1 else ids
+                bins.put((room[0] - each * piece_tokens, room[1] - each * piece_images, room[2] - each), ids)
+            if rest:
+                placed += last * rest
     packs = np.empty(len(order), np.int64)
     packs[order] = np.fromiter(placed, np.int64, len(placed))
     return packs
@@ -72,30 +78,38 @@ def _capacity(room: Room, tokens: int, images: int) -> int:
 
 
 class _OpenBins:
-    """Bins with room, grouped by what they have left; a max-tree over images left finds the best fit in O(log tokens)."""
+    """Bins with room, grouped by what they have left.
 
-    def __init__(self, tokens: int, smallest: int) -> None:
-        """`tokens`: the most a bin can have left; bins with less than `smallest` left are never asked for and dropped."""
-        self.leaves = 1 << tokens.bit_length()
-        self.most_images = [-1] * (2 * self.leaves)
+    For every number of images that a piece has, the numbers of tokens left of the bins with room for them are a set of bits, in words
+    of `_WORD` and one more word that says which are not zero: the best fit is the lowest bit from a place on.
+    """
+
+    def __init__(self, budgets: Budgets, images: np.ndarray, smallest: int) -> None:
+        """`images`: the sizes [n] in images that will be asked for; bins with fewer than `smallest` tokens left never are."""
+        asked = np.unique(images).tolist()
+        self.words = [[0] * ((budgets.tokens >> _SHIFT) + 2) for _ in asked]
+        self.words_of = dict(zip(asked, self.words, strict=True))
+        self.asked_below = np.searchsorted(asked, np.arange(1 + budgets.images), "right").tolist()
+        """By images left: how many of the sizes asked for fit."""
+        self.fitting = [0] * (budgets.tokens + 1)
+        """By tokens left: how many of the sizes fit into the bin with the most images left."""
         self.groups: dict[int, dict[Room, list[int]]] = {}
         self.smallest = smallest
 
     def best(self, tokens: int, images: int) -> Room | None:
         """The fullest room that a piece of this size fits into, or None."""
-        most = self.most_images
-        node = self.leaves + tokens
-        if most[node] < images:
-            while node & 1 or most[node + 1] < images:
-                node >>= 1
-                if node <= 1:
-                    return None
-            node += 1
-            while node < self.leaves:
-                node <<= 1
-                if most[node] < images:
-                    node += 1
-        group = self.groups[node - self.leaves]
+        words, place = self.words_of[images], tokens >> _SHIFT
+        found = words[place] >> (tokens & _WORD - 1)
+        if found:
+            left = tokens + (found & -found).bit_length() - 1
+        else:
+            later = words[-1] >> place + 1
+            if not later:
+                return None
+            place += (later & -later).bit_length()
+            found = words[place]
+            left = (place << _SHIFT) + (found & -found).bit_length() - 1
+        group = self.groups[left]
         return min(group if len(group) == 1 else [room for room in group if room[1] >= images])
 
     def take(self, room: Room, wanted: int) -> list[int]:
@@ -107,27 +121,34 @@ class _OpenBins:
             del ids[-wanted:]
             return taken
         del group[room]
-        if room[1] == self.most_images[self.leaves + room[0]]:
-            self._update(room[0], max([left[1] for left in group], default=-1))
+        before = self.fitting[room[0]]
+        if self.asked_below[room[1]] == before:
+            after = self.asked_below[max([left[1] for left in group])] if group else 0
+            if after == before:
+                return ids
+            place, bit = room[0] >> _SHIFT, 1 << (room[0] & _WORD - 1)
+            for words in self.words[after:before]:
+                words[place] ^= bit
+                if not words[place]:
+                    words[-1] ^= 1 << place
+            self.fitting[room[0]] = after
         return ids
 
     def put(self, room: Room, ids: list[int]) -> None:
         """Add bins that have this much left."""
         if room[0] < self.smallest or room[2] == 0:
             return
-        group = self.groups.setdefault(room[0], {})
-        if room in group:
+        group = self.groups.get(room[0])
+        if group is None:
+            group = self.groups[room[0]] = {}
+        elif room in group:
             group[room] += ids
             return
         group[room] = ids
-        if room[1] > self.most_images[self.leaves + room[0]]:
-            self._update(room[0], room[1])
-
-    def _update(self, tokens: int, most: int) -> None:
-        tree = self.most_images
-        node = self.leaves + tokens
-        while node and tree[node] != most:
-            tree[node] = most
-            beside = tree[node ^ 1]
-            most = beside if beside > most else most
-            node >>= 1
+        before, after = self.fitting[room[0]], self.asked_below[room[1]]
+        if after > before:
+            place, bit = room[0] >> _SHIFT, 1 << (room[0] & _WORD - 1)
+            for words in self.words[before:after]:
+                words[place] |= bit
+                words[-1] |= 1 << place
+            self.fitting[room[0]] = after
