@@ -8,19 +8,24 @@ Invariant: what `find` returns has passed its manifest; the state is that of the
 
 import json
 import shutil
+import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from data_pipeline.errors import UserError
 from data_pipeline.plan.origin import Cursor, Drawn, Origin
-from train.engine import Engine
+from train.config import CheckpointConfig
+from train.engine import Engine, Files
 from train.ranks import Ranks
 from train.run_dir import RunDir, file_digest, fsync_tree, read_json, write_atomic
 
-VERSION = 2
+VERSION = 3
 PREFIX = "step-"
+_CRASH = "no checkpoint "
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class TrainState:
     progress: float
     totals: dict[str, int]
     """Counters since the start of the run: tokens, samples, dropped samples, skipped steps."""
+    guard: dict[str, Any]
+    """Statistics of the guard."""
     plan_digest: str
     base_digest: str | None
     """Digest of the weights that the stage began from; frozen ones are not in the checkpoint."""
@@ -52,33 +59,78 @@ class TrainState:
         return Cursor(*self.cursor)
 
 
-def save(run: RunDir, engine: Engine, ranks: Ranks, state: TrainState, keep_last: int) -> None:
-    """Writes a checkpoint. All ranks call it; only rank 0 makes it visible.
+class Writer:
+    """Writes checkpoints in the background: the loop waits for the copy out of the model, the next save for the one before.
 
-    Raises:
-        UserError: the file system refused (full, read-only); what was there before is untouched.
+    Invariant: at most one checkpoint is being written, and it is that of its moment, whatever training does meanwhile.
     """
-    name = f"{PREFIX}{state.step:08d}"
-    partial = run.checkpoints / f".{name}.partial"
-    try:
-        if ranks.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-        ranks.barrier()
-        engine.save(run.checkpoints, partial.name)
-        torch.save(_rng_state(), partial / f"rng-{ranks.rank}.pt")
-        ranks.barrier()
-        if ranks.rank == 0:
-            _publish(run, partial, name, state, keep_last)
-        ranks.barrier()
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        if not _is_storage_error(error):
-            raise
+
+    def __init__(self, run: RunDir, engine: Engine, ranks: Ranks, config: CheckpointConfig) -> None:
+        self._run, self._engine, self._ranks, self._config = run, engine, ranks, config
+        self._thread: threading.Thread | None = None
+        self._problem: str | None = None
+
+    def save(self, state: TrainState) -> None:
+        """Begins a checkpoint. All ranks call it; only rank 0 makes it visible.
+
+        Raises:
+            UserError: as `check`; or a folder cannot be made.
+        """
+        self.wait()
+        name = f"{PREFIX}{state.step:08d}"
+        partial = self._run.checkpoints / f".{name}.partial"
+        try:
+            if self._ranks.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+            self._ranks.barrier()
+            files = {**self._engine.snapshot(self._run.checkpoints, partial.name), partial / f"rng-{self._ranks.rank}.pt": _rng_state()}
+        except OSError as error:
+            raise UserError(self._refusal(name, partial, error)) from None
+        self._thread = threading.Thread(target=self._write, args=(files, partial, name, state), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when what was begun is complete.
+
+        Raises:
+            UserError: as `check`.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Costs nothing; for every step.
+
+        Raises:
+            UserError: the file system refused the last checkpoint (full, read-only), on whichever rank; those before are untouched.
+            RuntimeError: something else went wrong with it.
+        """
+        if self._problem:
+            raise (RuntimeError if self._problem.startswith(_CRASH) else UserError)(self._problem)
+
+    def _write(self, files: Files, partial: Path, name: str, state: TrainState) -> None:
+        ranks = self._ranks.in_background()
+        problems = ranks.gather(self._trying(name, partial, lambda: _write_files(files)))
+        if not any(problems) and ranks.rank == 0:
+            problems.append(self._trying(name, partial, lambda: _publish(self._run, partial, name, state, self._config)))
+        self._problem = ranks.share(next((p for p in problems if p), None))
+
+    def _trying(self, name: str, partial: Path, work: Callable[[], None]) -> str | None:
+        """What hindered the work, in a line for the user."""
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001  whatever it was, the other ranks must hear of it
+            return self._refusal(name, partial, error) if _is_storage_error(error) else f"{_CRASH}{name}: {error!r}"
+        return None
+
+    def _refusal(self, name: str, partial: Path, error: Exception) -> str:
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"cannot write checkpoint {run.checkpoints / name}: {_storage_reason(run, error)} "
-            "(free space and run the same command: it goes on from the checkpoint before)"
-        ) from None
+        reason = _storage_reason(self._run, error)
+        cure = "free space and run the same command: it goes on from the checkpoint before"
+        return f"cannot write checkpoint {self._run.checkpoints / name}: {reason} ({cure})"
 
 
 def find(run: RunDir, ranks: Ranks) -> Path | None:
@@ -135,7 +187,12 @@ def require_same(state: TrainState, now: TrainState, folder: Path) -> None:
             )
 
 
-def _publish(run: RunDir, partial: Path, name: str, state: TrainState, keep_last: int) -> None:
+def _write_files(files: Files) -> None:
+    for path, content in files.items():
+        torch.save(content, path)
+
+
+def _publish(run: RunDir, partial: Path, name: str, state: TrainState, config: CheckpointConfig) -> None:
     (partial / "state.json").write_text(json.dumps(asdict(state), indent=1))
     files = sorted(p for p in partial.rglob("*") if p.is_file())
     manifest = {str(p.relative_to(partial)): {"size": p.stat().st_size, "sha256": file_digest(p)} for p in files}
@@ -146,8 +203,9 @@ def _publish(run: RunDir, partial: Path, name: str, state: TrainState, keep_last
         shutil.rmtree(target)
     partial.replace(target)
     write_atomic(run.checkpoints / "latest", name.encode())
-    for old in sorted(run.checkpoints.glob(f"{PREFIX}*"))[:-keep_last]:
-        shutil.rmtree(old)
+    for old in sorted(run.checkpoints.glob(f"{PREFIX}*"))[: -config.keep_last]:
+        if not config.keep_every or int(old.name.removeprefix(PREFIX)) % config.keep_every:
+            shutil.rmtree(old)
 
 
 def _newest_complete(run: RunDir) -> str | None:

@@ -30,6 +30,14 @@ class Precision(Enum):
     fp32 = "fp32"
 
 
+class Schedule(Enum):
+    """The learning rate over the run, after the linear warm-up."""
+
+    cosine = "cosine"  # half a cosine to `final_lr` (paper)
+    constant = "constant"  # the peak to the end: for runs whose length is not settled
+    wsd = "wsd"  # the peak, then a straight line to `final_lr` over the last `decay` of the run
+
+
 @dataclass
 class RunConfig:
     """What the run is called and where it leaves its things."""
@@ -142,8 +150,12 @@ class TrainConfig:
     """Peak learning rate (paper: 2e-4 for pretraining, 5e-5 for SFT)."""
     warmup: float = 0.01
     """Share of the run with linear warm-up (paper: 1 %)."""
+    schedule: Schedule = Schedule.cosine
+    """cosine, constant or wsd; a function of the share of the run that is done, in steps or in data, whichever sets its length."""
+    decay: float = 0.2
+    """wsd: share of the run that the last decay takes."""
     final_lr: float = 0.0
-    """Where the cosine ends, as a share of the peak (paper: 0)."""
+    """Where cosine and wsd end, as a share of the peak (paper: 0)."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     """AdamW (official fine-tuning code: beta2 0.95)."""
     eps: float = 1e-8
@@ -174,6 +186,37 @@ class CheckpointConfig:
     """Steps between checkpoints."""
     keep_last: int = 2
     """Complete checkpoints that stay; older ones are removed after a new one is complete."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this stay for good; 0 = none."""
+
+
+@dataclass
+class GuardConfig:
+    """Which steps move nothing. A loss or gradient that is not finite always skips its step, on all ranks alike."""
+
+    in_a_row: int = 10
+    """Skipped steps in a row after which the run stops, with a checkpoint, for a person to look (exit 70); 0 = never."""
+    sigma: float = 0.0
+    """A loss so many deviations above the mean of the window is a spike and skips its step; 0 = spikes are let through. 6 is usual."""
+    window: int = 128
+    """Steps whose losses are the window; spikes are looked for once it is full."""
+
+
+@dataclass
+class WatchdogConfig:
+    """How many seconds a rank may be silent in each phase before the job shows its stacks and ends, to be tried again (exit 75).
+
+    0 = for ever. Ranks wait for each other, so a limit bounds the slowest; torch's own limit on collectives is 30 minutes.
+    """
+
+    start: float = 1500.0
+    """From the start of the processes to the end of the first step: weights, checkpoint, compilation."""
+    data: float = 600.0
+    """Waiting for the next step's batches, and for the other ranks to have theirs."""
+    forward: float = 600.0
+    """Forward, backward and optimizer step."""
+    checkpoint: float = 1500.0
+    """Writing a checkpoint or the final weights."""
 
 
 @dataclass
@@ -211,6 +254,8 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     slurm: dict[str, Any] = field(default_factory=dict)

@@ -10,7 +10,7 @@ from omegaconf import MISSING, OmegaConf
 from data_pipeline import configure
 from data_pipeline.config import Change, MixUnit
 from data_pipeline.errors import UserError
-from train.config import Config
+from train.config import Config, Schedule
 
 CADENCE = ("workers", "prefetch", "change", "read_stall", "read_deadline", "cache_dir", "cache_gib")
 """Keys of `data` that shape no result."""
@@ -110,6 +110,12 @@ def _check(config: Config, where: str) -> None:
         raise UserError(f"{where}: deepspeed.stage is {config.deepspeed.stage} (use 0, 1, 2 or 3)")
     if config.data.global_batch < 1 or config.data.micro_packs < 1 or config.data.window < 1:
         raise UserError(f"{where}: data.global_batch, data.micro_packs and data.window must be at least 1 (raise them)")
+    if config.train.schedule is Schedule.wsd and not 0 <= config.train.decay <= 1 - config.train.warmup:
+        raise UserError(f"{where}: train.decay: {config.train.decay:g} does not fit between the warm-up and the end (lower it)")
+    if config.checkpoint.every < 1 or config.checkpoint.keep_last < 1 or config.checkpoint.keep_every < 0:
+        raise UserError(f"{where}: checkpoint: every and keep_last must be at least 1, keep_every 0 or more (raise them)")
+    if config.guard.in_a_row < 0 or config.guard.sigma < 0 or config.guard.window < 2:
+        raise UserError(f"{where}: guard: in_a_row and sigma must be 0 or more, window 2 or more (change them)")
     if not config.train.groups:
         raise UserError(f"{where}: train.groups is empty: nothing would be trained (begin with - {{match: .*}})")
     for i, rule in enumerate(config.train.groups):

@@ -5,11 +5,14 @@ stage; the engine never divides by micro-steps or ranks on its own account.
 """
 
 import logging
+import math
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor, nn
 
 from data_pipeline.batch import PackedBatch
@@ -20,6 +23,8 @@ from train.objective import scaled_loss
 from train.optim import set_lr
 from train.ranks import Ranks
 
+Files = dict[Path, Any]
+"""What belongs into which file, all of it on the CPU and nobody else's."""
 REDUCE_BUCKET = 500_000_000
 """Gradients that are reduced at once, DeepSpeed's default. ZeRO-1 and 2 allocate the bucket anew each step, whole: where the model is
 smaller than the bucket, its pages were first touched again each step (on a CPU 8 % of the demo's step)."""
@@ -41,6 +46,29 @@ def engine_json(config: Config, world: int, micro_steps: int, dtype: torch.dtype
     }
 
 
+class _Snapshots(TorchCheckpointEngine):
+    """Keeps copies of what DeepSpeed wants to write."""
+
+    taken: Files
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Copies everything that training will change."""
+        self.taken[Path(path)] = _copied(state_dict)
+
+
+def _copied(value: Any) -> Any:
+    """Tensors on the CPU, with memory of their own, in containers of their own."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        found = copy(value)  # an OrderedDict stays one
+        found.update((key, _copied(each)) for key, each in value.items())
+        return found
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_copied(each) for each in value))
+    return type(value)(_copied(each) for each in value) if type(value) in (list, tuple, set) else value
+
+
 class Engine:
     """The model under ZeRO."""
 
@@ -54,43 +82,70 @@ class Engine:
             self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         except (ValueError, AssertionError, deepspeed.runtime.config.DeepSpeedConfigError) as error:
             raise UserError(f"deepspeed: {str(error).splitlines()[0]} (see deepspeed.stage and deepspeed.extra)") from None
+        self._snapshots = self._engine.checkpoint_engine = _Snapshots()
         self._engine.train()
         self._world = ranks.world
+        self._checks_itself = config.deepspeed.stage == 0 and dtype is torch.float32
+        self._norm = math.nan
 
     @property
     def module(self) -> nn.Module:
         """The model."""
         return self._engine.module
 
-    def forward_backward(self, batch: PackedBatch, n_global: int, last: bool) -> Losses:
+    def forward(self, batch: PackedBatch) -> Losses:
+        """The losses of one micro-batch, which is on the device."""
+        return self._engine(batch)
+
+    def backward(self, loss_sum: Tensor, n_global: int, last: bool, factor: Tensor | None = None) -> None:
         """Adds the gradient of one micro-batch.
 
         Args:
-            batch: on the device.
+            loss_sum: of its `forward`.
             n_global: supervised tokens of the whole global batch.
             last: no other micro-batch of this step follows.
+            factor: scalar that the loss is multiplied by (train/guard.py).
         """
-        losses = self._engine(batch)
-        self._engine.backward(scaled_loss(losses.loss_sum, self._world, n_global), scale_wrt_gas=False)
+        loss = scaled_loss(loss_sum, self._world, n_global)
+        self._engine.backward(loss if factor is None else loss * factor, scale_wrt_gas=False)
         if not last:
             self._engine.step()  # moves nothing yet: this is how the engine counts micro-batches
-        return losses
 
     def step(self, lr: float) -> int:
-        """Moves the weights; returns 1 where the engine left them alone because a gradient was not finite, else 0."""
+        """Moves the weights; returns 1 where weights and optimizer were left alone because a gradient was not finite, else 0."""
         set_lr(self._optimizer, lr)
+        if self._checks_itself:
+            return self._checked_step()
         before = self._engine.skipped_steps
         self._engine.step()
         return int(self._engine.skipped_steps - before)
 
+    def _checked_step(self) -> int:
+        """ZeRO-0 in fp32, where DeepSpeed would apply any gradient and tells no norm. Waits for the device."""
+        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self._norm = float(norm)
+        bad = not math.isfinite(self._norm)
+        if bad:
+            self._optimizer.found_inf = torch.ones((), device=norm.device)  # the fused kernel then leaves everything as it is
+        self._engine.step()
+        if bad:
+            del self._optimizer.found_inf
+        return int(bad)
+
     def grad_norm(self) -> float:
         """Norm of the last step's gradient, before clipping; the engine read it in its step."""
-        norm = self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        norm = self._norm if self._checks_itself else self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else math.nan
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Writes this rank's part of a checkpoint to `folder/tag`, without frozen weights. All ranks call it."""
+    def snapshot(self, folder: Path, tag: str) -> Files:
+        """Copies this rank's part of a checkpoint, without frozen weights, out of the model; all ranks call it.
+
+        Returns what is to be written to which file below `folder/tag`; training may go on before it is.
+        """
+        self._snapshots.taken = {}
         self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
+        return self._snapshots.taken
 
     def load(self, folder: Path, tag: str) -> None:
         """Reads this rank's part of a checkpoint. Frozen weights must be in place."""

@@ -12,15 +12,18 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from types import FrameType
 
-from data_pipeline.errors import EXIT_CRASH, EXIT_DONE, UserError
-from train.config import Config
+from data_pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_TRY_AGAIN, UserError
+from train.config import Config, WatchdogConfig
 from train.run_dir import RunDir, read_json
 
 GRACE_S = 10.0
 """How long ranks may take to end after one of them has ended with an error."""
 POLL_S = 0.05
+MUTE_S = 60.0
+"""How much longer than the longest limit of the watchdog the heartbeat may stand still."""
 
 
 def run_stage(config: Config, procs: int) -> int:
@@ -30,7 +33,8 @@ def run_stage(config: Config, procs: int) -> int:
         run.outcome.unlink(missing_ok=True)
         run.stop_file.unlink(missing_ok=True)
         lives_before = run.life()
-        code = _watch([_start(run, rank, procs, port) for port in [free_port()] for rank in range(procs)])
+        run.hang.unlink(missing_ok=True)
+        code = _watch([_start(run, rank, procs, port) for port in [free_port()] for rank in range(procs)], run, config.watchdog)
         outcome = run.read_outcome()
         with suppress(OSError):  # a full disk must not hide why the run ended
             if outcome is None:
@@ -81,8 +85,12 @@ def _start(run: RunDir, rank: int, procs: int, port: int) -> subprocess.Popen[by
     return subprocess.Popen(command, env=rank_environment(rank, procs, port), start_new_session=True)
 
 
-def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
-    """Waits for all ranks; the first that fails takes the others with it. Stop signals are passed on."""
+def _watch(ranks: list[subprocess.Popen[bytes]], run: RunDir, limits: WatchdogConfig) -> int:
+    """Waits for all ranks; the first that fails takes the others with it. Stop signals are passed on.
+
+    Where a watchdog ended it, the ranks that are left cannot run theirs: they are made to show their stacks.
+    """
+    began = time.time()
 
     def forward(number: int, frame: FrameType | None) -> None:
         for process in ranks:
@@ -96,6 +104,14 @@ def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
             codes = [p.poll() for p in ranks]
             if failed_at is None and any(codes):
                 failed_at = time.monotonic()
+                if run.hang.exists():
+                    _show_stacks(ranks)
+            if failed_at is None and (silent := _mute(run, limits, began)):
+                _show_stacks(ranks)
+                time.sleep(1)
+                reason = f"rank 0 does not answer at all, since {silent:.0f} s (see {run.logs}/stacks-rank-*.txt; the same command goes on)"
+                run.write_outcome(EXIT_TRY_AGAIN, reason, int((read_json(run.heartbeat) or {}).get("step", 0)))
+                break
             if failed_at is not None and (time.monotonic() - failed_at > GRACE_S or any(c is not None and c < 0 for c in codes)):
                 break
             time.sleep(POLL_S)
@@ -107,6 +123,26 @@ def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     return max((p.returncode if p.returncode >= 0 else EXIT_CRASH for p in ranks), default=EXIT_DONE)
+
+
+def _show_stacks(ranks: list[subprocess.Popen[bytes]]) -> None:
+    """Asks the ranks that are left for their stacks (train/watchdog.py)."""
+    for process in ranks:
+        if process.poll() is None:
+            process.send_signal(signal.SIGUSR1)
+
+
+def _mute(run: RunDir, limits: WatchdogConfig, began: float) -> float:
+    """Seconds without a heartbeat of this life, where they are so many that not even a watchdog can be running; else 0.
+
+    The last resort where the only rank, or each of them, holds its interpreter.
+    """
+    longest = max(asdict(limits).values())
+    with suppress(OSError, ValueError):
+        beat = read_json(run.heartbeat)
+        if longest and beat and beat["time"] > began and time.time() - beat["time"] > longest + MUTE_S:
+            return time.time() - float(beat["time"])
+    return 0.0
 
 
 def free_port() -> int:

@@ -24,14 +24,16 @@ from train.config import Config
 from train.device import Device
 from train.engine import Engine
 from train.flops import cost_model
+from train.guard import Guard
 from train.model.xcomposer2 import XComposer2
 from train.objective import losses_by_source
 from train.ranks import Ranks
 from train.run_dir import RunDir
-from train.signals import StopRequest
+from train.signals import SaveRequest, StopRequest
 from train.tracking.reporter import Reporter
 from train.tracking.terminal import Terminal
 from train.tracking.trackers import Metrics
+from train.watchdog import Watchdog
 from train.weights import final
 
 
@@ -53,9 +55,10 @@ class Counts(NamedTuple):
     images: int
     dropped: int
     stop: int
+    save: int
 
     @staticmethod
-    def of(step: StepData, stop: StopRequest) -> "Counts":
+    def of(step: StepData, stop: StopRequest, save: SaveRequest) -> "Counts":
         """The part of one rank."""
         batches = [m.batch for m in step.micro_batches]
         return Counts(
@@ -65,12 +68,13 @@ class Counts(NamedTuple):
             images=sum(b.image_count for b in batches),
             dropped=len(step.bad),
             stop=int(stop.reason() is not None),
+            save=int(save.made()),
         )
 
 
-def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: Terminal) -> Ending:
+def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: Terminal, watchdog: Watchdog) -> Ending:
     """One life of a stage: from the newest checkpoint, or the start, to the end or a stop request."""
-    stop = StopRequest(run)
+    stop, save = StopRequest(run), SaveRequest(run, ranks.rank)
     torch.manual_seed(config.run.seed * 1_000_003 + ranks.rank)
     torch.use_deterministic_algorithms(config.run.deterministic)
 
@@ -80,7 +84,7 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
     trained, frozen = optim.resolve(model, config.train)
     engine = Engine(config, model, optim.adamw(trained, config.train), ranks, device.dtype)
     state, resumed = _resume(config, run, ranks, device, data, engine, folder, saved)
-    reporter = Reporter(config, run, ranks.rank, terminal)
+    reporter = Reporter(config, run, terminal)
     if ranks.rank == 0:
         begins = f"resumed from step {state.step}" if resumed else "started"
         about = f"{config.run.name}: {begins}, {ranks.world} ranks, ZeRO-{config.deepspeed.stage}, {device.dtype} ({device.reason})"
@@ -107,9 +111,12 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
     )
     ledger = Ledger(run.path, ranks.rank)
     budgets = {name: source.errors for name, source in config.data.sources.items()}
+    guard = Guard(config.guard, run.path, ranks.rank, device.torch_device, state.guard)
+    writer = checkpoint.Writer(run, engine, ranks, config.checkpoint)
     saved_step = state.step if resumed else None
     ending = Ending(EXIT_DONE, "done", state.step)
     asked = time.monotonic()
+    watchdog.beat(state.step, "data")
     for step in loader:
         if config.train.steps is not None and state.step >= config.train.steps:
             break
@@ -119,7 +126,7 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
             ending = Ending(EXIT_NEEDS_PERSON, f"{config.run.name}: stopped after step {state.step}: {over} ({cure})", state.step)
             break
         got = time.monotonic()
-        agreed = ranks.agree([*Counts.of(step, stop), *budget.charges(step, list(budgets))])
+        agreed = ranks.agree([*Counts.of(step, stop, save), *budget.charges(step, list(budgets))])
         counts, charges = Counts(*agreed[: len(Counts._fields)]), agreed[len(Counts._fields) :]
         if counts.stop:
             why = stop.reason() or "another rank was asked"
@@ -129,15 +136,20 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
             break
 
         began = state.cursor  # noted with the step's metrics: `xc-data replay` starts there
-        by_source = []
+        watchdog.beat(state.step, "forward")
+        by_source, loss_sums = [], []
         for micro_batch in step.micro_batches:
+            last = micro_batch is step.micro_batches[-1]
             batch = micro_batch.batch.to(device.torch_device)
-            losses = engine.forward_backward(batch, counts.supervised, last=micro_batch is step.micro_batches[-1])
+            losses = engine.forward(batch)
+            loss_sums.append(losses.loss_sum.detach())
+            engine.backward(losses.loss_sum, counts.supervised, last, guard.factor(loss_sums, counts.supervised) if last else None)
             by_source.append(losses_by_source(losses.per_target_L, batch, len(data.sources)))
         progress = _progress(config, step)
         lr = optim.learning_rate(config.train, (state.progress + progress) / 2)
         skipped = engine.step(lr)
 
+        guard.after(step, began, bool(skipped), engine.grad_norm(), data.sources)
         ledger.write(step.step, step.bad)
         totals = Counter(budget.charged(state.totals, budgets, charges))
         totals.update({**counts._asdict(), "skipped": skipped})
@@ -152,18 +164,29 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
             "data/pack": began[1],
         }
         reporter.add(state.step, by_source, {**about, **_metrics(counts, totals, seconds, waited=got - asked)})
-        saves = state.step % config.checkpoint.every == 0
+        saves = counts.save > 0 or state.step % config.checkpoint.every == 0
         if saves or state.step % config.track.every == 0:
             reporter.flush()
         if saves:
-            reporter.beat(state.step, "checkpoint")
-            checkpoint.save(run, engine, ranks, state, config.checkpoint.keep_last)
+            watchdog.beat(state.step, "checkpoint")
+            writer.save(replace(state, guard=guard.state()))
+            save.answered()
             saved_step = state.step
+        if guard.exhausted():
+            why = f"{guard.in_a_row} steps in a row moved nothing, guard.in_a_row is {config.guard.in_a_row}"
+            cure = f"see {run.path}/skipped; lower train.lr or mend the data in a new run, or run the same command to try again"
+            ending = Ending(EXIT_NEEDS_PERSON, f"{config.run.name}: stopped after step {state.step}: {why} ({cure})", state.step)
+            break
+        writer.check()
         asked = time.monotonic()
+        watchdog.started()
+        watchdog.beat(state.step, "data")
 
+    watchdog.beat(state.step, "checkpoint")
     reporter.flush()
     if state.step != saved_step:
-        checkpoint.save(run, engine, ranks, state, config.checkpoint.keep_last)
+        writer.save(replace(state, guard=guard.state()))
+    writer.wait()
     if ending.code == EXIT_DONE:
         weights = engine.weights(keep=ranks.rank == 0)
         if ranks.rank == 0:
@@ -206,6 +229,7 @@ def _resume(
         origin=Origin(),
         progress=0.0,
         totals={},
+        guard={},
         plan_digest=data.plan.digest,
         base_digest=final.digest(config.run.init_from) if config.run.init_from else None,
         world=ranks.world,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from data_pipeline.errors import UserError
-from train.config import GroupRule, TrainConfig
+from train.config import GroupRule, Schedule, TrainConfig
 
 _BLOCK = re.compile(r"\bblocks\.(\d+)\.")
 _NO_DECAY = re.compile(r"(pos_embed|cls_token|reg_token)$")
@@ -83,14 +83,20 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def learning_rate(config: TrainConfig, progress: float) -> float:
-    """Linear warm-up, then cosine, at `progress` in 0..1 (paper: 1 % warm-up, cosine to 0).
+    """Linear warm-up, then `train.schedule`, at `progress` in 0..1 (paper: 1 % warm-up, cosine to 0).
 
     Callers pass the middle of the step, so that neither the first nor the last step is wasted at zero.
     """
     if progress < config.warmup:
         return config.lr * progress / config.warmup
-    done = min(1.0, (progress - config.warmup) / max(1e-12, 1 - config.warmup))
-    return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
+    if config.schedule is Schedule.constant:
+        return config.lr
+    if config.schedule is Schedule.wsd:
+        share = min(1.0, max(0.0, 1 - progress) / max(1e-12, config.decay))
+    else:
+        done = min(1.0, (progress - config.warmup) / max(1e-12, 1 - config.warmup))
+        share = 0.5 * (1 + math.cos(math.pi * done))
+    return config.lr * (config.final_lr + (1 - config.final_lr) * share)
 
 
 def _lr_scale(rule: GroupRule, name: str, depth: int) -> float:

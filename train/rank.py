@@ -41,14 +41,17 @@ def run_rank(run_dir: Path) -> int:
     from train.loop import train
     from train.ranks import join
     from train.tracking.terminal import Terminal
+    from train.watchdog import Watchdog
 
     config = configure.read_resolved(run.path)
+    watchdog = Watchdog(config.watchdog, run, rank, int(os.environ.get("WORLD_SIZE", 1)))
     speaker = Terminal(config.run.name, os.fdopen(terminal, "w"))
     try:
         device = choose(config.train.precision, int(os.environ.get("LOCAL_RANK", 0)))
         ranks = join(device.backend)
-        ending = train(config, run, ranks, device, speaker)
+        ending = train(config, run, ranks, device, speaker, watchdog)
         ranks.barrier()
+        watchdog.close()
         if rank == 0:
             run.write_outcome(ending.code, ending.reason, ending.step)
         dist.destroy_process_group()

@@ -5,7 +5,7 @@ Invariant: anything that only one rank knows (a stop request, dropped samples, i
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,6 +25,12 @@ class Ranks:
     local_rank: int
     control: dist.ProcessGroup | None
     """gloo group for small host-side agreements."""
+    background: dist.ProcessGroup | None = None
+    """Another one, for the thread that writes checkpoints: its agreements must not meet those of the loop."""
+
+    def in_background(self) -> "Ranks":
+        """The same ranks, for use in another thread."""
+        return replace(self, control=self.background)
 
     def agree(self, values: list[int]) -> list[int]:
         """Sums integers over all ranks."""
@@ -37,6 +43,12 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
+
+    def gather(self, value: str | None) -> list[str | None]:
+        """The values of all ranks, on all ranks."""
+        found: list[str | None] = [None] * self.world
+        dist.all_gather_object(found, value, group=self.control)
+        return found
 
     def barrier(self) -> None:
         """Waits for all ranks, on the host."""
@@ -55,7 +67,7 @@ def join(backend: str) -> Ranks:
     rank, world, local_rank = from_environment()
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT, auto_mpi_discovery=False, verbose=False)
-    ranks = Ranks(rank, world, local_rank, dist.new_group(backend="gloo", timeout=TIMEOUT))
+    ranks = Ranks(rank, world, local_rank, *(dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2)))
     ranks.barrier()
     _unname_shared_memory(rank)
     return ranks

@@ -6,6 +6,8 @@
     outcome.json     how the last life ended        logs/rank-N.log       what each rank said
     heartbeat.json   step, phase, time              tracking/             TensorBoard and wandb files
     evaluation.json  figures on held-out data       stop                  touch it to stop the run
+    skipped/         samples of skipped steps       save                  touch it to get a checkpoint now
+    logs/stacks-rank-N.txt, hang.json   what hung (train/watchdog.py)
 
 Invariant: a file that others read is replaced in one step, never seen half-written.
 """
@@ -34,6 +36,8 @@ class RunDir:
         self.heartbeat = self.path / "heartbeat.json"
         self.evaluation = self.path / "evaluation.json"
         self.stop_file = self.path / "stop"
+        self.hang = self.path / "hang.json"
+        self.save_file = self.path / "save"
         self.lock = self.path / ".lock"
         self.checkpoints = self.path / "checkpoints"
         self.final = self.path / "final"
@@ -51,6 +55,10 @@ class RunDir:
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"run.dir: cannot write {self.path.resolve()}: {error.strerror} (choose another directory)") from None
+
+    def stacks(self, rank: int) -> Path:
+        """Where a rank that hangs, or that got SIGUSR1, shows its stacks."""
+        return self.logs / f"stacks-rank-{rank}.txt"
 
     def write_outcome(self, code: int, reason: str, step: int) -> None:
         """How this life ended; becomes the exit code of the command."""

@@ -1,4 +1,7 @@
-"""Stop requests. Handlers do nothing but set a flag: work inside a signal handler hangs at random. The loop asks at step borders."""
+"""Requests to a running job: stop, or save and go on; the loop asks at step borders.
+
+Handlers do nothing but set a flag: work inside a signal handler hangs at random.
+"""
 
 import signal
 from types import FrameType
@@ -23,3 +26,19 @@ class StopRequest:
         if self._signal:
             return self._signal
         return f"{self._file} exists" if self._file.exists() else None
+
+
+class SaveRequest:
+    """The file that asks for a checkpoint now. Taken back by the rank that sees it, once the checkpoint has begun."""
+
+    def __init__(self, run_dir: RunDir, rank: int) -> None:
+        self._file, self._looks = run_dir.save_file, rank == 0
+
+    def made(self) -> bool:
+        """Whether this rank was asked; only rank 0 looks."""
+        return self._looks and self._file.exists()
+
+    def answered(self) -> None:
+        """Takes the request back."""
+        if self._looks:
+            self._file.unlink(missing_ok=True)

@@ -1,15 +1,22 @@
 """A stage at test size on the demo's real shards, and ways to run it: the real command, real ranks, real DeepSpeed."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from data_pipeline import jsonl
+from train.launch import free_port, rank_environment
 from train.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -17,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def stage_settings(demo: "Demo", run_dir: Path) -> dict[str, Any]:
-    """Pairs, documents and text; a model of 100,000 parameters; 10 steps of 4 short packs."""
+    """Pairs, documents and text; a model of 100,000 parameters; 24 steps of 4 short packs."""
     sources = {name: {"path": str(demo.source(name))} for name in ("pairs", "documents", "text")}
     return {
         "run": {"name": "test", "dir": str(run_dir), "stage": "pretrain", "seed": 7},
@@ -38,7 +45,7 @@ def stage_settings(demo: "Demo", run_dir: Path) -> dict[str, Any]:
             "decoder": {"vocab": 4096, "hidden": 32, "layers": 2, "heads": 2, "kv_heads": 1, "ffn": 64, "rope_theta": 10000.0},
             "plora": {"rank": 4, "alpha": 4.0, "dropout": 0.1},
         },
-        "train": {"steps": 10, "lr": 0.003, "groups": [{"match": "vision", "layer_decay": 0.9}, {"match": ".*"}], "precision": "fp32"},
+        "train": {"steps": 24, "lr": 0.003, "groups": [{"match": "vision", "layer_decay": 0.9}, {"match": ".*"}], "precision": "fp32"},
         "checkpoint": {"every": 4},
         "track": {"every": 1, "tensorboard": False, "wandb": False},
     }
@@ -67,6 +74,40 @@ class Stage:
         """Loss of each step, the newest life's where a step was replayed."""
         return {line["step"]: line["loss/train"] for line in jsonl.read(self.run.metrics)}
 
+    def weights(self) -> dict[str, bytes]:
+        """The final weights, bit for bit."""
+        import torch
+        from safetensors.torch import load_file
+
+        return {n: t.view(torch.uint8).numpy().tobytes() for n, t in load_file(self.run.final / "model.safetensors").items()}
+
+    def resumed_from(self) -> list[int | None]:
+        """The step that each life went on from."""
+        return [event["resumed_from"] for event in self.run.events() if event["event"] == "start"]
+
+    def checkpoints(self) -> list[int]:
+        """Steps of the checkpoints that are visible."""
+        return sorted(int(folder.name[5:]) for folder in self.run.checkpoints.glob("step-*"))
+
+    def forget_after(self, step: int) -> None:
+        """Takes from a finished run what came after the checkpoint of a step: as if it had been killed there."""
+        shutil.rmtree(self.run.final)
+        self.run.outcome.unlink()
+        for later in [s for s in self.checkpoints() if s > step]:
+            shutil.rmtree(self.run.checkpoints / f"step-{later:08d}")
+
+    def said(self) -> str:
+        """What the newest of `live_together` told the terminal."""
+        return (self.run.logs / "said.txt").read_text()
+
+    def wait_for(self, step: int, process: subprocess.Popen[str]) -> None:
+        """Returns as soon as `metrics.jsonl` shows the step."""
+        deadline = time.monotonic() + 120
+        while step not in self.losses():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, f"the run never reached step {step}"
+            time.sleep(0.01)
+
     def rank_pids(self) -> list[int]:
         """Processes of the running ranks."""
         found = []
@@ -81,10 +122,42 @@ class Stage:
 
     def kill_a_rank_after(self, step: int, process: subprocess.Popen[str], number: int) -> None:
         """SIGKILL to one rank as soon as `metrics.jsonl` shows the step."""
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            if step in self.losses():
-                os.kill(self.rank_pids()[number], signal.SIGKILL)
-                return
-            time.sleep(0.01)
-        raise AssertionError(f"the run never reached step {step}")
+        self.wait_for(step, process)
+        os.kill(self.rank_pids()[number], signal.SIGKILL)
+
+
+def make_stage(demo: "Demo", environment: dict[str, str], run_dir: Path, sections: dict[str, dict[str, Any]]) -> Stage:
+    """Writes the YAML of a stage beside its run directory; `sections` replace whole keys."""
+    settings = stage_settings(demo, run_dir)
+    for section, changes in sections.items():
+        settings.setdefault(section, {}).update(changes)
+    config = run_dir.with_name(f"{run_dir.name}.yaml")
+    config.write_text(yaml.safe_dump(settings))
+    return Stage(config, RunDir(run_dir), environment)
+
+
+@dataclass(frozen=True)
+class Life:
+    """A stage and the overrides of its command line."""
+
+    stage: Stage
+    overrides: tuple[str, ...] = ()
+    nan_gradients: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    """Steps in which a gradient is NaN, by rank."""
+
+
+def live_together(lives: Sequence[Life]) -> None:
+    """Lives in a row on one pair of ranks, which is started once: where the command is not what is tested."""
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = Path(folder) / "jobs.json"
+        settings = [{"config": str(life.stage.config), "overrides": life.overrides, "nan_gradients": life.nan_gradients} for life in lives]
+        jobs.write_text(json.dumps(settings))
+        command = [sys.executable, str(Path(__file__).with_name("lives_worker.py")), str(jobs)]
+        port = free_port()
+        environments = [{**rank_environment(rank, 2, port), "OMP_NUM_THREADS": "1"} for rank in range(2)]
+        ranks = [subprocess.Popen(command, env=environment) for environment in environments]
+        try:
+            assert [rank.wait(timeout=240) for rank in ranks] == [0, 0], "see the logs of the run directories"
+        finally:
+            for rank in ranks:
+                rank.kill()

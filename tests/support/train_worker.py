@@ -44,7 +44,9 @@ def main() -> None:
             mine = torch.zeros(1, dtype=torch.float64)
             own = packs[ranks.rank :: ranks.world]
             for batch in own:
-                mine += engine.forward_backward(batch, n_global, last=batch is own[-1]).loss_sum.detach().double()
+                loss_sum = engine.forward(batch).loss_sum
+                engine.backward(loss_sum, n_global, last=batch is own[-1])
+                mine += loss_sum.detach().double()
             engine.step(job["lr"])
             dist.all_reduce(mine)
             losses.append(mine.item() / max(1, n_global))

@@ -8,8 +8,10 @@ import time
 import pytest
 import webdataset
 from PIL import Image
+from stages import Life, live_together
 from web import WebServer
 
+from data_pipeline import jsonl
 from data_pipeline.config import ErrorConfig
 from data_pipeline.errors import EXIT_DONE, EXIT_NEEDS_PERSON, EXIT_TRY_AGAIN
 from data_pipeline.read.budget import overdrawn
@@ -60,22 +62,6 @@ def bad_documents(tmp_path, demo, xc_data):
     return folder
 
 
-def test_the_run_finishes_and_the_ledger_names_each_bad_sample(stage, bad_source, bad_documents):
-    sources = {"bad": {"path": str(bad_source), "weight": 2}, "documents": {"path": str(bad_documents), "weight": 2}}
-    run = stage(data={"sources": sources, "unit": "epochs"}, train={"steps": None})
-    done = run.train()
-    assert done.returncode == EXIT_DONE, done.stderr
-    named = {(e["source"], e["key"]): e["reason"] for e in read_ledger(run.run.path)}
-    assert "does not decode" in named["bad", "corrupt-image"]
-    assert "not UTF-8" in named["bad", "not-utf8"]
-    assert "duplicate key" in named["bad", "good-7"]
-    assert "empty document" in named["documents", "empty-page"]
-    assert any(e["shard"] == "b.tar" and "tar" in e["reason"] for e in read_ledger(run.run.path))
-    assert not any(key.startswith("page-") for _, key in named)
-    lines = [json.loads(line) for line in run.run.metrics.read_text().splitlines()]
-    assert lines[-1]["health/bad_samples"] == 2  # the corrupt image, once an epoch
-
-
 @pytest.fixture
 def rotten_source(tmp_path, demo, xc_data):
     """Every fourth picture does not decode, which its header does not tell."""
@@ -90,30 +76,51 @@ def rotten_source(tmp_path, demo, xc_data):
     return folder
 
 
-def test_a_source_over_its_error_budget_stops_all_ranks_at_one_step_with_a_checkpoint(stage, demo, rotten_source):
+@pytest.fixture
+def runs(stage, demo, bad_source, bad_documents, rotten_source):
+    """A run over bad data, and one whose source is over its budget, which is then raised; on one pair of ranks."""
+    sources = {"bad": {"path": str(bad_source), "weight": 2}, "documents": {"path": str(bad_documents), "weight": 2}}
+    bad = stage("bad-run", data={"sources": sources, "unit": "epochs"}, train={"steps": None})
     sources = {"rotten": {"path": str(rotten_source)}, "text": {"path": str(demo.source("text"))}}
-    run = stage(data={"sources": sources}, train={"steps": 8})
+    over = stage("over", data={"sources": sources}, train={"steps": 8})
     errors = "data.sources.rotten.errors"
-    stopped = run.train(f"{errors}.share=0.1", f"{errors}.segments=100")
-    assert stopped.returncode == EXIT_NEEDS_PERSON, stopped.stderr
-    (line,) = stopped.stderr.strip().splitlines()
-    assert f"source rotten could not be used, more than {errors}.share = 0.1 of 100" in line
-    assert "xc-data ledger" in line
-    step = run.run.read_outcome()["step"]
+    live_together([Life(bad), Life(over, (f"{errors}.share=0.1", f"{errors}.segments=100"))])
+    return bad, over
+
+
+def test_bad_samples_are_dropped_and_named_and_a_source_over_its_budget_stops_all_ranks_at_one_step(runs):
+    bad, over = runs
+    assert bad.run.read_outcome()["code"] == EXIT_DONE
+    named = {(e["source"], e["key"]): e["reason"] for e in read_ledger(bad.run.path)}
+    assert "does not decode" in named["bad", "corrupt-image"]
+    assert "not UTF-8" in named["bad", "not-utf8"]
+    assert "duplicate key" in named["bad", "good-7"]
+    assert "empty document" in named["documents", "empty-page"]
+    assert any(e["shard"] == "b.tar" and "tar" in e["reason"] for e in read_ledger(bad.run.path))
+    assert not any(key.startswith("page-") for _, key in named)
+    assert jsonl.read(bad.run.metrics)[-1]["health/bad_samples"] == 2  # the corrupt image, once an epoch
+
+    errors = "data.sources.rotten.errors"
+    outcome = over.run.read_outcome()
+    assert outcome["code"] == EXIT_NEEDS_PERSON
+    assert f"source rotten could not be used, more than {errors}.share = 0.1 of 100" in outcome["reason"]
+    assert "xc-data ledger" in outcome["reason"]
+    step = outcome["step"]
     assert 0 < step < 8
-    assert f"stopped after step {step}" in line
-    dropped = [e for e in read_ledger(run.run.path) if "step" in e]
+    assert f"stopped after step {step}" in outcome["reason"]
+    dropped = [e for e in read_ledger(over.run.path) if "step" in e]
     assert len(dropped) > 10
     assert max(e["step"] for e in dropped) == step - 1, "the step that was one too many is in the ledger"
     assert sum(e["step"] < step - 1 for e in dropped) <= 10, "and it is the first that was"
-    state = json.loads((run.run.checkpoints / f"step-{step:08d}" / "state.json").read_text())
+    state = json.loads((over.run.checkpoints / f"step-{step:08d}" / "state.json").read_text())
     assert state["totals"]["source/rotten/dropped"] == state["totals"]["dropped"] == len(dropped)
     assert state["totals"]["source/text/dropped"] == 0
 
     counts = {"rotten": ErrorConfig(share=0.1, segments=100)}
     assert overdrawn(state["totals"], counts), "so that the same command would stop at once"
-    assert run.train(f"{errors}.share=1").returncode == EXIT_DONE, "a budget may be raised"
-    assert sorted(run.losses()) == [1, 2, 3, 4, 5, 6, 7, 8]
+    over.run.outcome.unlink()
+    assert over.train(f"{errors}.share=1").returncode == EXIT_DONE, "a budget may be raised"
+    assert sorted(over.losses()) == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_a_server_that_goes_away_ends_the_life_with_try_again_and_the_same_command_goes_on(stage, demo, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from batches import tiny_model
 
 from data_pipeline.errors import UserError
-from train.config import GroupRule, TrainConfig
+from train.config import GroupRule, Schedule, TrainConfig
 from train.optim import adamw, learning_rate, resolve, set_lr, table
 
 
@@ -63,6 +63,13 @@ def test_the_schedule_warms_up_linearly_and_ends_where_it_says():
     assert learning_rate(settings, 0.55) == pytest.approx(1e-3 * (0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi / 2))))
     assert learning_rate(settings, 1.0) == pytest.approx(0.2e-3)
     assert learning_rate(config(GroupRule(".*"), warmup=0.0), 0.0) == pytest.approx(1e-3)
+
+
+def test_constant_stays_at_the_peak_and_wsd_falls_in_a_line_at_the_end():
+    constant = config(GroupRule(".*"), warmup=0.1, final_lr=0.2, schedule=Schedule.constant)
+    assert [learning_rate(constant, at) for at in (0.05, 0.1, 0.5, 1.0)] == pytest.approx([0.5e-3, 1e-3, 1e-3, 1e-3])
+    wsd = config(GroupRule(".*"), warmup=0.1, decay=0.4, final_lr=0.2, schedule=Schedule.wsd)
+    assert [learning_rate(wsd, at) for at in (0.05, 0.3, 0.6, 0.8, 1.0)] == pytest.approx([0.5e-3, 1e-3, 1e-3, 0.6e-3, 0.2e-3])
 
 
 def test_each_group_gets_its_share_of_the_rate():

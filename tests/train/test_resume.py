@@ -1,109 +1,133 @@
-"""Killed and resumed equals never killed, to the last bit; stops are clean; a damaged checkpoint is passed over."""
+"""Interrupted equals uninterrupted, to the last bit, however it was interrupted; a damaged checkpoint is passed over."""
 
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from stages import Life, live_together, make_stage
 
 from data_pipeline import jsonl
 from data_pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_TRY_AGAIN, EXIT_USER
-from train.run_dir import RunDir
-from train.weights.final import MODEL_FILE
+from train.cli import main
+
+OTHER_ENGINES = {"zero-0": (0, "fp32"), "zero-1-bf16": (1, "bf16"), "zero-3": (3, "fp32")}
 
 
-def final_weights(run: RunDir) -> dict[str, bytes]:
-    return {name: tensor.view(torch.uint8).numpy().tobytes() for name, tensor in load_file(run.final / MODEL_FILE).items()}
+def test_kills_a_signal_a_stop_and_a_save_file_with_other_workers_each_time_leave_the_uninterrupted_run_bitwise(whole, stage, capfd):
+    chance = random.Random(0)
+    broken = stage("broken", data={"workers": 0}, checkpoint={"keep_last": 100})
 
+    first = broken.start()
+    broken.wait_for(2, first)
+    with pytest.raises(SystemExit) as refused:  # meanwhile, its directory belongs to it
+        main(["run", str(broken.config), "--procs", "2"])
+    assert refused.value.code == EXIT_USER
+    assert "in use" in capfd.readouterr().err
+    broken.kill_a_rank_after(chance.randint(5, 8), first, chance.randint(0, 1))
+    first.communicate(timeout=60)
+    assert first.returncode == EXIT_CRASH
+    assert not broken.rank_pids()
 
-def resumed_from(run: RunDir) -> list[int | None]:
-    return [event["resumed_from"] for event in run.events() if event["event"] == "start"]
-
-
-@pytest.mark.parametrize(("workers", "zero", "precision"), [(0, 2, "fp32"), (1, 1, "bf16"), (2, 3, "fp32"), (4, 0, "fp32")])
-def test_kill_9_at_a_random_step_then_the_same_command_is_the_uninterrupted_run_bitwise(stage, workers, zero, precision):
-    same = {"deepspeed": {"stage": zero}, "train": {"precision": precision}}
-    whole = stage("whole", data={"workers": 0}, **same)
-    assert whole.train().returncode == EXIT_DONE
-    killed = stage("killed", data={"workers": workers}, **same)
-    chance = random.Random(f"{workers} {zero}")
-    process = killed.start()
-    killed.kill_a_rank_after(chance.randint(5, 8), process, chance.randint(0, 1))
-    process.communicate(timeout=60)
-    assert process.returncode == EXIT_CRASH
-    assert not killed.rank_pids()
-    assert killed.train().returncode == EXIT_DONE
-    assert killed.losses() == whole.losses()
-    assert sorted(killed.losses()) == list(range(1, 11))
-    assert final_weights(killed.run) == final_weights(whole.run)
-    assert resumed_from(killed.run) in ([None, 4], [None, 8])
-
-
-@pytest.mark.parametrize("how", ["signal", "file"])
-def test_a_stop_request_ends_after_the_step_with_a_checkpoint_and_the_same_command_goes_on(stage, how):
-    stopped = stage(train={"steps": 400}, checkpoint={"every": 1000})
-    process = stopped.start()
-    while 3 not in stopped.losses():
-        assert process.poll() is None
-        time.sleep(0.02)
-    if how == "signal":
-        process.send_signal(signal.SIGTERM)
-    else:
-        stopped.run.stop_file.touch()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == EXIT_TRY_AGAIN
+    broken.run.save_file.touch()
+    second = broken.start("data.workers=1")
+    broken.wait_for(10, second)
+    second.send_signal(signal.SIGTERM)
+    _, errors = second.communicate(timeout=60)
+    assert second.returncode == EXIT_TRY_AGAIN
     assert "the same command goes on" in errors
-    outcome = stopped.run.read_outcome()
+    outcome = broken.run.read_outcome()
     assert outcome["code"] == EXIT_TRY_AGAIN
-    assert (stopped.run.checkpoints / f"step-{outcome['step']:08d}" / "manifest.json").exists()
-    assert not stopped.run.stop_file.exists() or how == "file"
-    assert not (stopped.run.final).exists()
+    assert outcome["step"] == broken.checkpoints()[-1]
+    assert not broken.run.final.exists()
+
+    third = broken.start("data.workers=2")
+    broken.wait_for(outcome["step"] + 2, third)
+    broken.run.stop_file.touch()
+    third.communicate(timeout=60)
+    assert third.returncode == EXIT_TRY_AGAIN
+
+    fourth = broken.start("data.workers=4")
+    broken.kill_a_rank_after(20, fourth, chance.randint(0, 1))
+    fourth.communicate(timeout=60)
+    assert fourth.returncode == EXIT_CRASH
+
+    assert broken.train().returncode == EXIT_DONE
+    assert broken.losses() == whole.losses()
+    assert sorted(broken.losses()) == list(range(1, 25))
+    assert broken.weights() == whole.weights()
+    resumed = broken.resumed_from()
+    assert resumed[0] is None
+    assert resumed[1] in (4, 8)
+    assert resumed[1] + 1 in broken.checkpoints(), "as RUN/save asked"
+    assert not broken.run.save_file.exists()
+    assert resumed[2] == outcome["step"]
+    assert resumed[4] in (16, 20, 24)
 
 
-@pytest.mark.parametrize("damage", ["flip", "missing", "manifest"])
-def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_is_used(stage, damage):
-    damaged = stage(train={"steps": 8})
-    assert damaged.train().returncode == EXIT_DONE
-    before, weights = damaged.losses(), final_weights(damaged.run)
-    newest = damaged.run.checkpoints / "step-00000008"
-    victim = max(newest.glob("*.pt"), key=lambda p: p.stat().st_size)
-    if damage == "flip":
-        content = bytearray(victim.read_bytes())
-        content[len(content) // 2] ^= 1
-        victim.write_bytes(content)
-    elif damage == "missing":
-        victim.unlink()
-    else:
-        (newest / "manifest.json").write_text("{")
-    (damaged.run.final / "manifest.json").unlink()  # as if killed before the end
-    assert damaged.train().returncode == EXIT_DONE
-    assert resumed_from(damaged.run) == [None, 4]
-    assert "passed over checkpoint step-00000008" in (damaged.run.logs / "rank-0.log").read_text()
-    assert damaged.losses() == before
-    assert final_weights(damaged.run) == weights
+@pytest.fixture(scope="module")
+def other_engines(demo, environment, tmp_path_factory):
+    """By ZeRO stage and number format: an uninterrupted run of 6 steps, and what it becomes from its third on."""
+    folder = tmp_path_factory.mktemp("engines")
+    settings = {
+        name: {"deepspeed": {"stage": zero}, "train": {"steps": 6, "precision": precision}, "checkpoint": {"every": 3, "keep_last": 2}}
+        for name, (zero, precision) in OTHER_ENGINES.items()
+    }
+    wholes = {name: make_stage(demo, environment, folder / name, sections) for name, sections in settings.items()}
+    live_together([Life(whole) for whole in wholes.values()])
+    again = {name: make_stage(demo, environment, folder / f"{name}-again", sections) for name, sections in settings.items()}
+    for name, one in again.items():
+        shutil.copytree(wholes[name].run.path, one.run.path)
+        one.forget_after(3)
+    live_together([Life(one) for one in again.values()])
+    return wholes, again
 
 
-def test_a_finished_run_is_passed_over_and_only_the_configured_checkpoints_stay(stage):
-    finished = stage(train={"steps": 6}, checkpoint={"every": 1, "keep_last": 2})
-    assert finished.train().returncode == EXIT_DONE
-    assert sorted(p.name for p in finished.run.checkpoints.glob("step-*")) == ["step-00000005", "step-00000006"]
-    again = finished.train()
-    assert again.returncode == EXIT_DONE
-    assert "finished before" in again.stdout
-    assert finished.run.life() == 1
+@pytest.mark.parametrize("name", OTHER_ENGINES)
+def test_a_run_that_goes_on_from_a_checkpoint_is_the_uninterrupted_one_bitwise_under_other_engines(other_engines, name):
+    wholes, again = (runs[name] for runs in other_engines)
+    assert again.resumed_from() == [None, 3]
+    replayed = [line for line in jsonl.read(again.run.metrics) if line["life"] == 2]
+    assert [line["step"] for line in replayed] == [4, 5, 6]
+    assert again.losses() == wholes.losses()
+    assert again.weights() == wholes.weights()
+
+
+def test_only_the_configured_checkpoints_stay(other_engines):
+    wholes, _ = other_engines
+    assert {tuple(one.checkpoints()) for one in wholes.values()} == {(3, 6)}
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_is_used(whole, continued):
+    damaged = {how: continued(how, 24) for how in ("flip", "missing", "manifest")}
+    for how, one in damaged.items():
+        newest = one.run.checkpoints / "step-00000024"
+        victim = max(newest.glob("*.pt"), key=lambda p: p.stat().st_size)
+        if how == "flip":
+            content = bytearray(victim.read_bytes())
+            content[len(content) // 2] ^= 1
+            victim.write_bytes(content)
+        elif how == "missing":
+            victim.unlink()
+        else:
+            (newest / "manifest.json").write_text("{")
+    live_together([Life(one) for one in damaged.values()])
+    for one in damaged.values():
+        assert one.resumed_from() == [None, 20]
+        assert "passed over checkpoint step-00000024" in (one.run.logs / "rank-0.log").read_text()
+        assert one.losses() == whole.losses()
+        assert one.weights() == whole.weights()
 
 
 def test_ranks_end_when_their_launcher_is_killed_and_leave_no_shared_memory(stage):
     shared = set(Path("/dev/shm").glob("deepspeed_*"))
     orphaned = stage(train={"steps": 1_000_000}, data={"workers": 1})
     process = orphaned.start()
-    while 2 not in orphaned.losses():
-        assert process.poll() is None
-        time.sleep(0.02)
-    assert len(orphaned.rank_pids()) >= 2
+    orphaned.wait_for(2, process)
+    pids = orphaned.rank_pids()
+    assert len(pids) >= 2
     assert set(Path("/dev/shm").glob("deepspeed_*")) <= shared
     process.kill()
     process.communicate()
@@ -113,16 +137,13 @@ def test_ranks_end_when_their_launcher_is_killed_and_leave_no_shared_memory(stag
     assert not orphaned.rank_pids()
 
 
-def test_another_number_of_ranks_is_refused_in_one_line_that_names_the_cure(stage):
-    two = stage(train={"steps": 300}, checkpoint={"every": 2})
-    process = two.start()
-    two.kill_a_rank_after(3, process, 1)
-    process.communicate(timeout=60)
+def test_another_number_of_ranks_is_refused_in_one_line_that_names_the_cure(continued):
+    two = continued("two", 20)
     one = two.train(procs=1)
     assert one.returncode == EXIT_USER
     assert "--procs" in one.stderr
     assert len(one.stderr.strip().splitlines()) == 1
-    assert list(two.run.checkpoints.glob("step-*"))
+    assert two.checkpoints()[-1] == 20
 
 
 def test_a_line_cut_by_a_kill_harms_no_other_line(tmp_path):

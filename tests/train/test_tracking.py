@@ -4,29 +4,24 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_pipeline import jsonl
-from data_pipeline.errors import EXIT_DONE
 from train import configure
 from train.run_dir import RunDir
 from train.tracking.trackers import Trackers, Wandb
 
 
-def test_wandb_offline_and_tensorboard_get_every_step_of_a_run(stage):
-    made = stage(train={"steps": 4}, track={"every": 3, "tensorboard": True, "wandb": True})
-    assert made.train().returncode == EXIT_DONE
-    lines = jsonl.read(made.run.metrics)
-    assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    events = EventAccumulator(str(made.run.tracking / "tensorboard"))
+def test_wandb_offline_and_tensorboard_get_every_step_of_a_run(whole):
+    lines = jsonl.read(whole.run.metrics)
+    assert [line["step"] for line in lines] == list(range(1, 25))
+    events = EventAccumulator(str(whole.run.tracking / "tensorboard"))
     events.Reload()
-    assert [e.step for e in events.Scalars("loss/train")] == [1, 2, 3, 4]
+    assert [e.step for e in events.Scalars("loss/train")] == list(range(1, 25))
     assert [e.value for e in events.Scalars("loss/train")] == pytest.approx([line["loss/train"] for line in lines], rel=1e-6)
-    assert list(made.run.tracking.glob("wandb/offline-run-*/*.wandb"))
-    assert (made.run.tracking / "wandb_id").read_text()
+    assert list(whole.run.tracking.glob("wandb/offline-run-*/*.wandb"))
+    assert (whole.run.tracking / "wandb_id").read_text()
 
 
-def test_losses_by_source_add_up_to_the_loss(stage):
-    made = stage(train={"steps": 3})
-    assert made.train().returncode == EXIT_DONE
-    for line in jsonl.read(made.run.metrics):
+def test_losses_by_source_add_up_to_the_loss(whole):
+    for line in jsonl.read(whole.run.metrics):
         names = [k.split("/")[1] for k in line if k.startswith("loss_by_source/")]
         tokens = {n: line[f"tokens_by_source/{n}"] for n in names}
         mean = sum(line[f"loss_by_source/{n}"] * tokens[n] for n in names) / sum(tokens.values())

@@ -1,4 +1,4 @@
-"""Everything that a run tells about itself while it trains: metrics to trackers, the progress line, the heartbeat.
+"""Everything that a run tells about itself while it trains: metrics to trackers, the progress line.
 
 Invariant: `flush` is a collective; all ranks call it at the same steps. Only rank 0 writes.
 """
@@ -17,9 +17,8 @@ from train.tracking.trackers import Metrics, Trackers
 class Reporter:
     """The voice of a run; on ranks above 0 it only takes part in the sums."""
 
-    def __init__(self, config: Config, run: RunDir, rank: int, terminal: Terminal) -> None:
+    def __init__(self, config: Config, run: RunDir, terminal: Terminal) -> None:
         self._config, self._run, self._terminal = config, run, terminal
-        self._speaks = rank == 0
         self._meter = Meter(list(config.data.sources))
         self._trackers: Trackers | None = None
 
@@ -44,12 +43,6 @@ class Reporter:
         speed = sum(m["throughput/tokens_per_s"] for _, m in lines) / len(lines)
         skipped, dropped = int(metrics["health/skipped_steps"]), int(metrics["health/bad_samples"])
         self._terminal.show(step, metrics["progress"], metrics["loss/train"], speed, skipped, dropped)
-        self.beat(step, "train")
-
-    def beat(self, step: int, phase: str) -> None:
-        """Says where the run is, for whoever watches from outside."""
-        if self._speaks:
-            self._run.beat(step, phase)
 
     def close(self) -> None:
         """Flushes the trackers and gives the terminal back."""

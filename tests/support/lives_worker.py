@@ -1,0 +1,68 @@
+"""One of two ranks that live several lives in a row in one process group: `lives_worker.py JOBS.json`.
+
+Starting ranks costs far more than the steps of a test: where the command itself is not what is tested, lives share their ranks. Each life
+is `train` as a rank of `xc-train run` calls it, and leaves what that leaves: outcome, lives, logs.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from train import configure, loop
+from train.device import choose
+from train.ranks import join
+from train.run_dir import RunDir
+from train.tracking.terminal import Terminal
+from train.watchdog import Watchdog
+
+SAID = "said.txt"
+
+
+def with_nan_gradients(steps: list[int], micro_steps: int):
+    """`build_model`, of a model in whose first trained weight the gradient of these steps is NaN."""
+    build = loop.build_model
+
+    def broken(*arguments):
+        model, calls = build(*arguments), []
+        model.register_forward_pre_hook(lambda *_: calls.append(None))
+        weight = model.projector.get_parameter(next(name for name, _ in model.projector.named_parameters()))
+        weight.register_hook(lambda grad: grad * torch.nan if (len(calls) - 1) // micro_steps + 1 in steps else grad)
+        return model
+
+    return broken
+
+
+def main() -> None:
+    ranks = join("gloo")
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        config = configure.load(job["config"], job["overrides"])
+        run = RunDir(config.run.dir)
+        if ranks.rank == 0:
+            run.create()
+            run.config.write_text(configure.to_yaml(config))
+        ranks.barrier()
+        log = os.open(run.logs / f"rank-{ranks.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+        steps = job["nan_gradients"].get(str(ranks.rank), [])
+        patch = mock.patch.object(loop, "build_model", with_nan_gradients(steps, config.data.global_batch // ranks.world))
+        with patch, (run.logs / SAID if ranks.rank == 0 else Path(os.devnull)).open("w") as said:
+            watchdog = Watchdog(config.watchdog, run, ranks.rank, ranks.world)
+            device = choose(config.train.precision, ranks.rank)
+            ending = loop.train(config, run, ranks, device, Terminal(config.run.name, said), watchdog)
+            watchdog.close()
+        if ranks.rank == 0:
+            run.write_outcome(ending.code, ending.reason, ending.step)
+            run.end_life(ending.code, ending.reason, ending.step)
+        ranks.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

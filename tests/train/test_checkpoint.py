@@ -1,0 +1,158 @@
+"""Checkpoints are written in the background, one at a time, each of its own moment; what cannot be written harms none before it."""
+
+import errno
+import os
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.errors import UserError
+from data_pipeline.plan.origin import Drawn, Origin
+from train import checkpoint
+from train.checkpoint import TrainState, Writer
+from train.config import CheckpointConfig
+from train.engine import _copied
+from train.ranks import Ranks
+from train.run_dir import RunDir
+
+
+class Alone(Ranks):
+    """One rank, without processes."""
+
+    def in_background(self):
+        return self
+
+    def barrier(self):
+        pass
+
+    def share(self, value):
+        return value
+
+    def gather(self, value):
+        return [value]
+
+
+@dataclass
+class Model:
+    """An engine whose files are one weight."""
+
+    weight: torch.Tensor = field(default_factory=lambda: torch.zeros(3))
+
+    def snapshot(self, folder: Path, tag: str):
+        return {folder / tag / "weight.pt": _copied(self.weight)}
+
+
+def state(step: int) -> TrainState:
+    drawn = Drawn(**{name: {} for name in Drawn.__dataclass_fields__})
+    facts = {
+        "progress": 0.5,
+        "totals": {},
+        "guard": {},
+        "plan_digest": "p",
+        "base_digest": None,
+        "world": 1,
+        "zero_stage": 2,
+        "dtype": "fp32",
+    }
+    return TrainState(step, (0, 0), drawn, Origin(), **facts)
+
+
+@pytest.fixture
+def run(tmp_path):
+    made = RunDir(tmp_path / "run")
+    made.create()
+    return made
+
+
+def make(run, model, **config) -> Writer:
+    return Writer(run, model, Alone(0, 1, 0, None), CheckpointConfig(**config))
+
+
+def steps(run) -> list[int]:
+    return sorted(int(folder.name[5:]) for folder in run.checkpoints.glob("step-*"))
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """Writing waits for the event that this returns."""
+    go, save = threading.Event(), torch.save
+
+    def slow(*arguments):
+        assert go.wait(timeout=30)
+        save(*arguments)
+
+    monkeypatch.setattr(torch, "save", slow)
+    return go
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_changes_nothing_in_it(run, slow_disk):
+    model = Model()
+    writer = make(run, model)
+    writer.save(state(1))  # returns although nothing is written
+    model.weight += 1
+    assert steps(run) == []
+    second = threading.Thread(target=writer.save, args=(state(2),))
+    second.start()
+    second.join(timeout=0.3)
+    assert second.is_alive(), "the next one waits for the one before"
+    slow_disk.set()
+    second.join(timeout=30)
+    writer.wait()
+    assert steps(run) == [1, 2]
+    first, then = (torch.load(run.checkpoints / f"step-0000000{step}" / "weight.pt") for step in (1, 2))
+    assert first.tolist() == [0, 0, 0]
+    assert then.tolist() == [1, 1, 1]
+
+
+def test_a_checkpoint_that_is_not_finished_is_invisible_and_swept_away(run, slow_disk):
+    writer = make(run, Model())
+    writer.save(state(1))
+    slow_disk.set()
+    writer.save(state(2))
+    writer.wait()
+    slow_disk.clear()
+    writer.save(state(3))  # never finished, as by a kill
+    found = checkpoint.find(run, Alone(0, 1, 0, None))
+    assert found.name == "step-00000002"
+    assert not list(run.checkpoints.glob(".*partial"))
+    slow_disk.set()
+
+
+def test_the_last_ones_stay_and_every_so_many_for_good(run):
+    writer = make(run, Model(), keep_last=2, keep_every=4)
+    for step in range(1, 12):
+        writer.save(state(step))
+    writer.wait()
+    assert steps(run) == [4, 8, 10, 11]
+
+
+def test_a_write_that_fails_is_told_at_the_next_step_and_harms_no_other(run, monkeypatch):
+    writer = make(run, Model())
+    writer.save(state(1))
+    writer.wait()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", full)
+    writer.save(state(2))
+    with pytest.raises(UserError, match=r"cannot write checkpoint .*step-00000002: No space left on device \(free space"):
+        writer.wait()
+    with pytest.raises(UserError):
+        writer.check()
+    assert steps(run) == [1]
+    assert not list(run.checkpoints.glob(".*partial"))
+
+
+def test_a_copy_has_the_containers_and_numbers_of_what_it_is_a_copy_of_and_none_of_its_memory():
+    inner = torch.nn.Parameter(torch.ones(2))
+    value = {"a": [inner, (inner, 3)], "b": {"c": inner[:1]}, "d": "text", "e": None}
+    found = _copied(value)
+    with torch.no_grad():
+        inner.zero_()
+    assert found["a"][0].tolist() == found["a"][1][0].tolist() == [1, 1]
+    assert found["b"]["c"].tolist() == [1]
+    assert (found["d"], found["e"], found["a"][1][1], type(found["a"][1])) == ("text", None, 3, tuple)

@@ -1,0 +1,86 @@
+"""A rank that falls silent ends the job in time, with everybody's stacks and a code that is tried again; nothing is lost."""
+
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import EXIT_TRY_AGAIN
+from train.config import WatchdogConfig
+from train.launch import MUTE_S, _mute
+from train.run_dir import RunDir, write_json
+from train.watchdog import TICK_S, Watchdog
+
+HANGING = str(Path(__file__).parents[1] / "support" / "hanging")
+LIMIT_S = 8
+
+
+@pytest.fixture
+def hanging(stage):
+    """A run whose ranks hang on a signal, with short limits."""
+    made = stage(watchdog={"start": 240, "data": LIMIT_S, "forward": LIMIT_S, "checkpoint": 60}, train={"steps": 400})
+    path = os.pathsep.join([HANGING, os.environ.get("PYTHONPATH", "")])
+    return replace(made, environment={**made.environment, "PYTHONPATH": path})
+
+
+def stacks(run: RunDir) -> dict[int, str]:
+    return {rank: run.stacks(rank).read_text() for rank in (0, 1)}
+
+
+def test_a_rank_that_sleeps_for_ever_or_hangs_in_c_is_reported_with_all_stacks_and_the_same_command_goes_on(hanging):
+    process = hanging.start()
+    hanging.wait_for(3, process)
+    ranks = hanging.rank_pids()
+    os.kill(ranks[1], signal.SIGALRM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == EXIT_TRY_AGAIN, errors
+    (line,) = errors.strip().splitlines()
+    assert "rank 1 was silent for" in line
+    assert "the same command goes on" in line
+    found = stacks(hanging.run)
+    assert "sleep_for_ever" in found[1]
+    assert "sleep_for_ever" not in found[0]
+    assert "train/loop.py" in found[0], "the rank that waited shows where"
+    assert not hanging.rank_pids()
+
+    before = max(hanging.losses())
+    again = hanging.start()
+    hanging.wait_for(before + 2, again)
+    os.kill(hanging.rank_pids()[0], signal.SIGVTALRM)
+    _, errors = again.communicate(timeout=120)
+    assert again.returncode == EXIT_TRY_AGAIN, errors
+    assert "rank 0 does not answer at all" in errors
+    assert "hold_the_interpreter" in stacks(hanging.run)[0]
+    assert not hanging.rank_pids()
+
+
+@pytest.fixture
+def run(tmp_path):
+    made = RunDir(tmp_path / "run")
+    made.create()
+    return made
+
+
+def test_beats_keep_it_quiet_and_the_first_step_has_the_limit_of_the_start(run):
+    watchdog = Watchdog(WatchdogConfig(start=3600, data=2 * TICK_S, forward=2 * TICK_S), run, 0, 1)
+    watchdog.beat(0, "data")
+    time.sleep(4 * TICK_S)
+    assert (run.path / "heartbeat.json").read_text().count('"start"') == 1
+    watchdog.started()
+    for step in range(8):
+        watchdog.beat(step, "forward")
+        time.sleep(TICK_S / 2)
+    watchdog.close()
+    assert not run.hang.exists()
+    assert run.stacks(0).read_text() == ""
+
+
+def test_a_heartbeat_that_stands_still_longer_than_any_limit_is_seen_from_outside(run):
+    limits, now = WatchdogConfig(start=10, data=10, forward=10, checkpoint=20), time.time()
+    for age, began, silent in ((0, now - 99, False), (MUTE_S + 21, now - 99, True), (MUTE_S + 21, now, False)):
+        write_json(run.heartbeat, {"step": 3, "phase": "data", "time": now - age})
+        assert bool(_mute(run, limits, began)) == silent
+    assert not _mute(run, WatchdogConfig(0, 0, 0, 0), now - 99), "0 = for ever"

@@ -1,0 +1,132 @@
+"""The watchdog: a rank that is silent for longer than its phase may take shows where it hangs and ends the job, to be tried again.
+
+Invariant: nothing here waits for another rank or for the main thread. A thread of each rank compares the last beat with the limit of its
+phase; the first that finds a silence notes it in `RUN/hang.json`, on which all ranks dump the stacks of all their threads to
+`RUN/logs/stacks-rank-N.txt`, and leave with code 75. A rank whose main thread holds the interpreter cannot run that thread: SIGUSR1, which
+the launcher sends, makes it dump all the same. Beating costs an assignment; the heartbeat file is written by the thread.
+"""
+
+import faulthandler
+import json
+import os
+import signal
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+
+from data_pipeline.errors import EXIT_TRY_AGAIN
+from train.config import WatchdogConfig
+from train.run_dir import RunDir, read_json, write_json
+
+TICK_S = 0.5
+_MARK = "== silent: "
+GRACE_S = 10.0
+"""How long a rank that found a silence waits for the stacks of the others."""
+
+
+@dataclass(frozen=True)
+class Silence:
+    """Where a rank was last heard of."""
+
+    rank: int
+    phase: str
+    step: int
+    """Steps done."""
+    since: float
+    """Wall-clock time of the last beat."""
+    seconds: float
+    """Silence since, in the watchdog's own ticks: a job that was suspended was not silent."""
+    time: float
+
+
+class Watchdog:
+    """Watches one rank from inside."""
+
+    def __init__(self, config: WatchdogConfig, run: RunDir, rank: int, world: int) -> None:
+        """Starts watching, in phase `start`."""
+        self._limits, self._run, self._rank, self._world = asdict(config), run, rank, world
+        self._began = time.time()
+        self._beat = (0, "start", self._began)
+        self._started = False
+        self._stacks = run.stacks(rank).open("a")
+        faulthandler.register(signal.SIGUSR1, self._stacks, all_threads=True)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def beat(self, step: int, phase: str) -> None:
+        """Says that this rank is alive, has done so many steps, and enters a phase: start, data, forward or checkpoint.
+
+        All of the first step counts as `start`, since much is made when it is first used.
+        """
+        self._beat = (step, phase if self._started else "start", time.time())
+
+    def started(self) -> None:
+        """The first step of this life is done."""
+        self._started = True
+
+    def close(self) -> None:
+        """Stops watching."""
+        self._closed.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        seen, silent, last, noted = self._beat, 0.0, time.monotonic(), None
+        while not self._closed.wait(TICK_S):
+            now, beat = time.monotonic(), self._beat
+            silent = silent + min(now - last, 2 * TICK_S) if beat is seen else 0.0
+            seen, last = beat, now
+            step, phase, since = beat
+            if self._rank == 0 and (beat is not noted or silent % 5 < TICK_S):
+                with suppress(OSError):  # a full disk is for the main thread to tell
+                    self._run.beat(step, phase)
+                noted = beat
+            limit = self._limits[phase]
+            own = Silence(self._rank, phase, step, since, silent, time.time())
+            if (limit and silent > limit) or (silent > 2 and found_silence(self._run, self._began)):
+                self._end(own)
+
+    def _end(self, own: Silence) -> None:
+        """Dumps, says why, leaves."""
+        with suppress(OSError):
+            self._stacks.write(f"{_MARK}{json.dumps(asdict(own))}\n")
+            self._stacks.flush()
+            faulthandler.dump_traceback(self._stacks, all_threads=True)
+            if not found_silence(self._run, self._began):
+                write_json(self._run.hang, asdict(own))
+            deadline = time.monotonic() + GRACE_S
+            while len(found := self._silences()) < self._world and time.monotonic() < deadline:
+                time.sleep(0.1)
+            if not self._run.outcome.exists():
+                self._run.write_outcome(EXIT_TRY_AGAIN, self._reason(found), own.step)
+        os._exit(EXIT_TRY_AGAIN)
+
+    def _silences(self) -> list[Silence]:
+        """What the ranks that dumped in this life say of themselves."""
+        found: list[Silence] = []
+        for rank in range(self._world):
+            with suppress(OSError, ValueError):
+                lines = [line for line in self._run.stacks(rank).read_text().splitlines() if line.startswith(_MARK)]
+                newest = Silence(**json.loads(lines[-1].removeprefix(_MARK))) if lines else None
+                if newest and newest.time > self._began:
+                    found.append(newest)
+        return found
+
+    def _reason(self, found: list[Silence]) -> str:
+        """Names the rank that fell silent first; one that did not even dump comes before all others."""
+        mute = sorted(set(range(self._world)) - {silence.rank for silence in found})
+        first = min(found, key=lambda silence: silence.since)
+        who = f"rank {mute[0]} does not answer at all, rank {first.rank}" if mute else f"rank {first.rank}"
+        what = f"was silent for {first.seconds:.0f} s in phase {first.phase} after step {first.step}"
+        limit = f"watchdog.{first.phase} is {self._limits[first.phase]:g}"
+        return f"{who} {what}, {limit} (see {self._run.logs}/stacks-rank-*.txt; the same command goes on)"
+
+
+def found_silence(run: RunDir, since: float) -> bool:
+    """Whether a rank found a silence after this time."""
+    try:
+        found = read_json(run.hang)
+    except (OSError, ValueError):
+        return False
+    return bool(found) and found["time"] > since
