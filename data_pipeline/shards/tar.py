@@ -105,7 +105,7 @@ def walk_file(file: BinaryIO, size: int) -> Iterator[RawSample | Damage]:
                 yield from _flush(current, drop=cut)
                 yield Damage(member.offset, f"truncated tar: {member.name[:80]!r} ends past the end of the file", cut)
                 return
-            position = end
+            position = min(end, size)  # what is no plain file may claim to end anywhere
             if member.isdir():
                 continue
             key, extension = split_name(member.name[:NAME_LIMIT])

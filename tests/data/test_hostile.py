@@ -153,6 +153,14 @@ def test_a_link_or_device_in_place_of_a_member_is_named_and_its_neighbours_stay(
     assert (found[0][1], found[2][1]) == (OK, OK)
 
 
+def test_damage_behind_a_member_that_ends_nowhere_lies_within_the_file(tmp_path):
+    shard = text_shard(tmp_path, header(b"x.txt", b"\x80" + (1 << 64).to_bytes(11, "big"), b"S"))
+    index_shard(shard, tmp_path, Kind.text, TOKENIZER)
+    rows = read_index(sidecar_path(shard, tmp_path)).table.to_pylist()
+    assert [row["key"] for row in rows] == ["a", "x", ""]
+    assert rows[-1]["offset"] == shard.stat().st_size
+
+
 def test_a_name_without_end_is_cut_and_named(tmp_path):
     name = b"n" * (NAME_LIMIT + 1) + b".txt"
     long = header(b"././@LongLink", len(name) + 1, b"L") + padded(name + b"\0")
