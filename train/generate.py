@@ -1,38 +1,176 @@
-"""Greedy decoding of captions, many pictures at once.
+"""Decoding with a cache of keys and values: prompts with pictures in, words out, many prompts at once.
 
-Invariant: every picture runs the same fixed number of steps, so that ranks stay in step; what follows the end token is cut afterwards.
-The whole text so far is run again for each token: captions are short, and there is no cache to get wrong.
+Invariant: the logits are those of running each whole text anew, up to rounding, so greedy words are the same; what a prompt is answered
+depends on no other prompt of its batch. Ranks that must stay in step ask for a fixed number of steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from data_pipeline.batch import Segment, assemble
+from data_pipeline.batch import PackedBatch, Segment, assemble
 from data_pipeline.text.templates import Rendered
 from data_pipeline.text.tokenizer import Tokenizer
+from train.model.attention import Segments, varlen_attention
 from train.model.xcomposer2 import XComposer2
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Sampling:
+    """How the next word is drawn from the logits."""
+
+    temperature: float = 0.0
+    """0 takes the likeliest; above, logits are divided by it before one is drawn."""
+    top_p: float = 1.0
+    """Only the likeliest words that together reach this share are drawn from; the likeliest one is always among them."""
+    seed: int = 0
+    """The n-th prompt of a call draws with seed + n."""
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was written after one prompt."""
+
+    ids: list[int]
+    """Without the token that ended it."""
+    stopped: bool
+    """The model ended it; otherwise the limit did."""
+
+
+class KeyValueCache:
+    """Keys and values of all layers for a batch of B texts, called by the layers in turn; see `Segments.cache`.
+
+    A text's rows lie from 0 on, whatever the lengths of the others; rows behind its end are masked.
+    """
+
+    def __init__(self, lengths: Sequence[int], room: int) -> None:
+        self.lengths, self.room = list(lengths), room
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._layer = 0
+        """Which layer calls next: they call in order."""
+        self._positions_B = self._bias = torch.empty(0)
+
+    @torch.no_grad()
+    def prefill(self, model: XComposer2, batch: PackedBatch) -> Tensor:
+        """Runs the prompts, which are the segments of `batch`; returns the logits [B, vocab] after each."""
+        x_TD = model.embed(batch)
+        segments = replace(Segments.build(batch.segment_lengths, batch.cu_seqlens, x_TD.dtype), cache=self._keep)
+        hidden_TD = model.decoder(x_TD, batch.position_ids, segments, batch.image_index)
+        ends_B = batch.cu_seqlens[1 : 1 + len(self.lengths)].long() - 1
+        return model.head(hidden_TD, ends_B)
+
+    @torch.no_grad()
+    def step(self, model: XComposer2, ids_B: Tensor) -> Tensor:
+        """Appends one token to every text; returns the logits [B, vocab] after it."""
+        B, device = len(ids_B), ids_B.device
+        positions_B = torch.tensor(self.lengths, device=device)
+        self.lengths = [n + 1 for n in self.lengths]
+        seen = torch.arange(max(self.lengths), device=device) <= positions_B[:, None]
+        self._layer, self._positions_B = 0, positions_B
+        x_BD = model.decoder.tok_embeddings(ids_B)
+        self._bias = torch.where(seen, 0.0, float("-inf")).to(x_BD.dtype)[:, None, None, :]
+        segments = Segments("cache", torch.arange(B + 1, dtype=torch.int32, device=device), 1, cache=self._extend)
+        no_image = torch.zeros(0, dtype=torch.int64, device=device)
+        hidden_BD = model.decoder(x_BD, positions_B, segments, no_image)
+        return model.head(hidden_BD, torch.arange(B, device=device))
+
+    def _keep(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments) -> Tensor:
+        """A layer's keys and values of the prompts."""
+        B, (_, K, H) = len(self.lengths), k_TKH.shape
+        for kept, x_TKH in ((self._keys, k_TKH), (self._values, v_TKH)):
+            cached_BKLH = x_TKH.new_zeros(B, K, self.room, H)
+            for text, rows in enumerate(x_TKH[: sum(self.lengths)].split(self.lengths)):
+                cached_BKLH[text, :, : len(rows)] = rows.transpose(0, 1)
+            kept.append(cached_BKLH)
+        return varlen_attention(q_TNH, k_TKH, v_TKH, replace(segments, cache=None))
+
+    def _extend(self, q_BNH: Tensor, k_BKH: Tensor, v_BKH: Tensor, segments: Segments) -> Tensor:
+        """A layer's attention of one new token a text to all that stands before it."""
+        (B, N, H), K, L = q_BNH.shape, k_BKH.shape[1], max(self.lengths)
+        layer, self._layer = self._layer, self._layer + 1
+        texts_B = torch.arange(B, device=q_BNH.device)
+        self._keys[layer][texts_B, :, self._positions_B] = k_BKH
+        self._values[layer][texts_B, :, self._positions_B] = v_BKH
+        k_BKLH, v_BKLH = self._keys[layer][:, :, :L], self._values[layer][:, :, :L]
+        q_BKGH = q_BNH.view(B, K, N // K, H)
+        weights = (q_BKGH @ k_BKLH.transpose(2, 3) * H**-0.5 + self._bias).softmax(-1)
+        return (weights @ v_BKLH).reshape(B, N, H)
+
+
+def next_logits(model: XComposer2, prompts: Sequence[Segment], tokenizer: Tokenizer) -> Tensor:
+    """Logits [B, vocab] fp32 of the token that follows each prompt."""
+    return _cache(prompts, 0).prefill(model, _batch(model, prompts, tokenizer))
+
+
+def generate(
+    model: XComposer2,
+    prompts: Sequence[Segment],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    stop: Collection[int] = (),
+    sampling: Sampling = GREEDY,
+    fixed_steps: bool = False,
+) -> list[Answer]:
+    """What the model writes after each prompt.
+
+    Args:
+        model: in evaluation mode.
+        prompts: each begins with the begin token; what is supervised in them does not matter.
+        tokenizer: its end token always stops.
+        max_tokens: the longest answer.
+        stop: further tokens that end an answer.
+        sampling: greedy by default.
+        fixed_steps: run all `max_tokens` steps even if every answer has ended: what ranks under ZeRO-3 need.
+    """
+    stops = {tokenizer.end, *stop}
+    draws = [torch.Generator().manual_seed(sampling.seed + i) for i in range(len(prompts))]
+    cache = _cache(prompts, max_tokens)
+    logits = cache.prefill(model, _batch(model, prompts, tokenizer))
+    written: list[list[int]] = [[] for _ in prompts]
+    ended = [False] * len(prompts)
+    for number in range(max_tokens):
+        words = [_draw(row, sampling, draw) for row, draw in zip(logits, draws, strict=True)] if sampling.temperature else _argmax(logits)
+        for i, word in enumerate(words):
+            ended[i] |= word in stops
+            if not ended[i]:
+                written[i].append(word)
+        if number + 1 < max_tokens and (fixed_steps or not all(ended)):
+            logits = cache.step(model, torch.tensor(words, device=logits.device))
+        elif all(ended):
+            break
+    return [Answer(ids, end) for ids, end in zip(written, ended, strict=True)]
+
+
 def greedy_captions(model: XComposer2, pixels: Sequence[np.ndarray], tokenizer: Tokenizer, image_tokens: int, max_tokens: int) -> list[str]:
-    """The likeliest next word, again and again; `pixels` are [3, H, W] uint8."""
-    device = model.head.weight.device
-    prompts = [[tokenizer.begin, *[tokenizer.end] * image_tokens] for _ in pixels]
-    written: list[list[int]] = [[] for _ in pixels]
-    for _ in range(max_tokens):
-        segments = [_segment(p + w, image, tokenizer.end, image_tokens) for p, w, image in zip(prompts, written, pixels, strict=True)]
-        batch = assemble(segments, pixels[0].shape[-1], image_tokens, tokenizer.end).to(device)
-        best = model.logits(batch)[: len(pixels)].argmax(-1)
-        for words, word in zip(written, best.tolist(), strict=True):
-            words.append(word)
-    return [tokenizer.decode(words[: words.index(tokenizer.end)] if tokenizer.end in words else words) for words in written]
+    """The likeliest words after each picture and nothing else; `pixels` are [3, H, W] uint8. A fixed number of steps."""
+    ids = np.asarray([tokenizer.begin, *[tokenizer.end] * image_tokens], np.int64)
+    rendered = Rendered(ids, np.zeros(len(ids), bool), np.arange(1, 1 + image_tokens), (0,))
+    prompts = [Segment(rendered, (image,), 0, 0) for image in pixels]
+    return [tokenizer.decode(a.ids) for a in generate(model, prompts, tokenizer, max_tokens, fixed_steps=True)]
 
 
-def _segment(ids: list[int], image: np.ndarray, pad: int, image_tokens: int) -> Segment:
-    """One more token, any, so that the last written one becomes a target position."""
-    supervised = np.zeros(len(ids) + 1, bool)
-    supervised[-1] = True
-    rendered = Rendered(np.asarray([*ids, pad], np.int64), supervised, np.arange(1, 1 + image_tokens), (0,))
-    return Segment(rendered, (image,), 0, 0)
+def _cache(prompts: Sequence[Segment], max_tokens: int) -> KeyValueCache:
+    lengths = [len(p.rendered.ids) for p in prompts]
+    return KeyValueCache(lengths, max(lengths) + max_tokens)
+
+
+def _batch(model: XComposer2, prompts: Sequence[Segment], tokenizer: Tokenizer) -> PackedBatch:
+    return assemble(prompts, model.vision.vit.patch_embed.img_size[0], model.projector.tokens, tokenizer.end).to(model.head.weight.device)
+
+
+def _argmax(logits: Tensor) -> list[int]:
+    return logits.argmax(-1).tolist()
+
+
+def _draw(logits: Tensor, sampling: Sampling, draw: torch.Generator) -> int:
+    """On the CPU, so that a seed means the same on every device."""
+    shares, words = (logits.cpu() / sampling.temperature).softmax(-1).sort(descending=True, stable=True)
+    before = shares.cumsum(-1) - shares
+    return int(words[torch.multinomial(shares * (before < sampling.top_p), 1, generator=draw)])

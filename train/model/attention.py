@@ -4,6 +4,7 @@ Invariant: a position attends to itself and to earlier positions of its own segm
 crosses a border. Segment lengths are Python ints from the batch, so nothing here reads a tensor's value on the host.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -44,6 +45,8 @@ class Segments:
     stays in it; causality hides padding from real rows."""
     packed_index: Tensor | None = None
     """sdpa only: [T], the padded row of every packed position."""
+    cache: Callable[[Tensor, Tensor, Tensor, "Segments"], Tensor] | None = None
+    """Decoding only: called by every layer in turn with its queries, keys and values instead of attention inside the pack alone."""
 
     @staticmethod
     def build(lengths: tuple[int, ...], cu_seqlens: Tensor, dtype: torch.dtype, backend: str = "auto") -> "Segments":
@@ -84,7 +87,12 @@ def choose_backend(device: torch.device, dtype: torch.dtype = torch.bfloat16) ->
 
 
 def varlen_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments) -> Tensor:
-    """Causal attention inside each segment, scaled by H ** -0.5; N is a multiple of K. Returns [T, N, H]."""
+    """Causal attention inside each segment, scaled by H ** -0.5; N is a multiple of K. Returns [T, N, H].
+
+    Where `segments` carries a cache, that answers: decoding attends to keys and values of earlier calls (train/generate.py).
+    """
+    if segments.cache is not None:
+        return segments.cache(q_TNH, k_TKH, v_TKH, segments)
     if segments.backend == "flash":
         return _flash(q_TNH, k_TKH, v_TKH, segments)
     if segments.backend == "torch_varlen":

@@ -61,10 +61,14 @@ class XComposer2(nn.Module):
         """[L, vocab] fp32: what the model predicts at the target positions."""
         return self.head(self._hidden(batch), batch.target_index)
 
-    def _hidden(self, batch: PackedBatch) -> Tensor:
+    def embed(self, batch: PackedBatch) -> Tensor:
+        """[T, D]: embeddings of the words, with the image tokens in place."""
         words_TD = self.decoder.tok_embeddings(batch.input_ids)
         image_tokens_VD = self.projector(self.vision(batch.images))
-        x_TD = words_TD.index_copy(0, batch.image_index, image_tokens_VD)
+        return words_TD.index_copy(0, batch.image_index, image_tokens_VD)
+
+    def _hidden(self, batch: PackedBatch) -> Tensor:
+        x_TD = self.embed(batch)
         segments = Segments.build(batch.segment_lengths, batch.cu_seqlens, x_TD.dtype)
         return self.decoder(x_TD, batch.position_ids, segments, batch.image_index)
 
