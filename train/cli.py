@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 
 _RUN = """Trains each stage in its run directory (run.dir), then measures it on its held-out data (evaluate).
 A stage goes on from its newest checkpoint; a finished one is passed over. Ctrl-C, SIGTERM or `touch RUN/stop` end it after the step,
-with a checkpoint.
+with a checkpoint; `touch RUN/save` asks for one. docs/training.md says what watches over a run.
 
   xc-train run configs/demo/*.yaml --procs 2
   xc-train run configs/demo/2_pretrain.yaml deepspeed.stage=3 train.lr=1e-3 run.dir=runs/try

@@ -168,14 +168,50 @@ class TrainConfig:
     precision: Precision = Precision.auto
 
 
+class OffloadTo(Enum):
+    """Where something lies that does not fit a GPU."""
+
+    none = "none"  # on the GPU
+    cpu = "cpu"  # in the host's memory
+    nvme = "nvme"  # on the disk that `nvme_path` names; ZeRO-3 alone
+
+
+@dataclass
+class OffloadConfig:
+    """What lies outside the GPUs: memory for time."""
+
+    optimizer: OffloadTo = OffloadTo.none
+    """Optimizer state, and its step: none, cpu or nvme; ZeRO-1 and above."""
+    parameters: OffloadTo = OffloadTo.none
+    """Weights between their uses: none, cpu or nvme; ZeRO-3 alone."""
+    nvme_path: str | None = None
+    """Folder on a fast local disk of each node."""
+    pin_memory: bool = True
+    """Page-locked host memory: faster, and never swapped."""
+
+
+@dataclass
+class ZeroPPConfig:
+    """ZeRO++: less traffic between nodes under ZeRO-3."""
+
+    partition_ranks: int = 1
+    """Ranks that hold a second copy of the weights among them, for the backward pass: the GPUs of a node; 1 = off."""
+    quantized_weights: bool = False
+    """Gathers weights in 8 bits."""
+    quantized_gradients: bool = False
+    """Reduces gradients in 4 bits; shapes the result."""
+
+
 @dataclass
 class DeepSpeedConfig:
     """The engine."""
 
     stage: int = 2
     """ZeRO stage 0 to 3."""
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+    zero_pp: ZeroPPConfig = field(default_factory=ZeroPPConfig)
     extra: dict[str, Any] = field(default_factory=dict)
-    """Overrides any key of the engine's own JSON."""
+    """Overrides any key of the engine's own JSON, at any depth."""
 
 
 @dataclass
@@ -220,6 +256,14 @@ class WatchdogConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """A torch profiler trace in `RUN/profile`; a GPU's memory snapshot beside it."""
+
+    steps: list[int] = field(default_factory=list)
+    """First and last step that are recorded, such as [10, 15], by rank 0; empty = none."""
+
+
+@dataclass
 class TrackConfig:
     """Where metrics go; `metrics.jsonl` in the run directory is written always."""
 
@@ -234,7 +278,12 @@ class TrackConfig:
 
 @dataclass
 class EvaluateConfig:
-    """What is measured with the final weights, on held-out sources."""
+    """What is measured with the final weights, on held-out sources; and, in part, while the run trains."""
+
+    every: int = 0
+    """Steps between measurements of the held-out losses while the run trains (`validation/` in the metrics); 0 = none."""
+    pictures: int = 256
+    """Most pictures a split that these measurements use, spread evenly over `candidates.json`."""
 
     splits: dict[str, str] = field(default_factory=dict)
     """Held-out pair sources by name; each is a folder with shards, index and `candidates.json`."""
@@ -256,6 +305,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     slurm: dict[str, Any] = field(default_factory=dict)

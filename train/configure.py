@@ -10,10 +10,12 @@ from omegaconf import MISSING, OmegaConf
 from data_pipeline import configure
 from data_pipeline.config import Change, MixUnit
 from data_pipeline.errors import UserError
-from train.config import Config, Schedule
+from train.config import Config, DeepSpeedConfig, OffloadTo, Schedule
 
 CADENCE = ("workers", "prefetch", "change", "read_stall", "read_deadline", "cache_dir", "cache_gib")
 """Keys of `data` that shape no result."""
+QUANTIZED = ("deepspeed.zero_pp.quantized_weights", "deepspeed.zero_pp.quantized_gradients")
+"""Keys of `deepspeed` that shape the result, beside `extra`."""
 MIX = ("sources", "unit", "phases", "global_batch", "window")
 """Keys of `data` that may change in the course of a run."""
 
@@ -58,7 +60,7 @@ def shaping_difference(ours: Config, theirs: Config) -> str | None:
     """
     a, b = as_dict(ours), as_dict(theirs)
     passed = CADENCE if ours.data.change is Change.refuse else CADENCE + MIX
-    for path in ("run.stage", "run.seed", "run.init_from", "data", "model", "train", "deepspeed.extra"):
+    for path in ("run.stage", "run.seed", "run.init_from", "data", "model", "train", "deepspeed.extra", *QUANTIZED):
         found = _difference(_at(a, path), _at(b, path), path, passed)
         if found:
             return found
@@ -108,10 +110,16 @@ def _check(config: Config, where: str) -> None:
         raise UserError(f"{where}: the length must be given once: train.steps, or data.unit: epochs (set one of them)")
     if config.deepspeed.stage not in (0, 1, 2, 3):
         raise UserError(f"{where}: deepspeed.stage is {config.deepspeed.stage} (use 0, 1, 2 or 3)")
+    _check_engine(config.deepspeed, where)
     if config.data.global_batch < 1 or config.data.micro_packs < 1 or config.data.window < 1:
         raise UserError(f"{where}: data.global_batch, data.micro_packs and data.window must be at least 1 (raise them)")
     if config.train.schedule is Schedule.wsd and not 0 <= config.train.decay <= 1 - config.train.warmup:
         raise UserError(f"{where}: train.decay: {config.train.decay:g} does not fit between the warm-up and the end (lower it)")
+    recorded = config.profile.steps
+    if recorded and (len(recorded) != 2 or not 1 <= recorded[0] <= recorded[1]):
+        raise UserError(f"{where}: profile.steps: {recorded} is no first and last step (such as [10, 15])")
+    if config.evaluate.every < 0 or config.evaluate.pictures < 1:
+        raise UserError(f"{where}: evaluate: every must be 0 or more, pictures at least 1 (raise them)")
     if config.checkpoint.every < 1 or config.checkpoint.keep_last < 1 or config.checkpoint.keep_every < 0:
         raise UserError(f"{where}: checkpoint: every and keep_last must be at least 1, keep_every 0 or more (raise them)")
     if config.guard.in_a_row < 0 or config.guard.sigma < 0 or config.guard.window < 2:
@@ -123,3 +131,20 @@ def _check(config: Config, where: str) -> None:
             re.compile(rule.match)
         except re.error as error:
             raise UserError(f"{where}: train.groups[{i}].match: {rule.match!r} is no regular expression: {error} (mend it)") from None
+
+
+def _check_engine(engine: DeepSpeedConfig, where: str) -> None:
+    """What DeepSpeed would refuse on every rank, or pass over in silence."""
+    offload, zero_pp = engine.offload, engine.zero_pp
+    if offload.parameters is not OffloadTo.none and engine.stage != 3:
+        raise UserError(f"{where}: deepspeed.offload.parameters needs ZeRO-3 (set deepspeed.stage=3)")
+    if offload.optimizer is not OffloadTo.none and engine.stage < 1:
+        raise UserError(f"{where}: deepspeed.offload.optimizer needs ZeRO (set deepspeed.stage to 1, 2 or 3)")
+    if OffloadTo.nvme in (offload.optimizer, offload.parameters) and (engine.stage != 3 or not offload.nvme_path):
+        raise UserError(
+            f"{where}: deepspeed.offload: nvme needs ZeRO-3 and a folder (set deepspeed.stage=3 and deepspeed.offload.nvme_path)"
+        )
+    if (zero_pp.partition_ranks > 1 or zero_pp.quantized_weights or zero_pp.quantized_gradients) and engine.stage != 3:
+        raise UserError(f"{where}: deepspeed.zero_pp needs ZeRO-3 (set deepspeed.stage=3)")
+    if zero_pp.partition_ranks < 1:
+        raise UserError(f"{where}: deepspeed.zero_pp.partition_ranks is {zero_pp.partition_ranks} (use 1, or the GPUs of a node)")

@@ -5,6 +5,7 @@ Invariant: the choice is made once, by `describe`, and logged; nothing else asks
 
 import fcntl
 import os
+import resource
 import shutil
 import sys
 from dataclasses import dataclass
@@ -28,6 +29,12 @@ class Device:
     def backend(self) -> str:
         """Backend of collectives on this device."""
         return "nccl" if self.torch_device.type == "cuda" else "gloo"
+
+    def most_memory(self) -> int:
+        """Most bytes that this process has used at once: of the GPU's memory where there is one, else resident."""
+        if self.torch_device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.torch_device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def choose(precision: Precision, local_rank: int) -> Device:

@@ -6,6 +6,8 @@ stage; the engine never divides by micro-steps or ranks on its own account.
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import PackedBatch
 from data_pipeline.errors import UserError
-from train.config import Config
+from train.config import Config, DeepSpeedConfig, OffloadTo
 from train.model.xcomposer2 import Losses
 from train.objective import scaled_loss
 from train.optim import set_lr
@@ -32,18 +34,44 @@ smaller than the bucket, its pages were first touched again each step (on a CPU 
 
 def engine_json(config: Config, world: int, micro_steps: int, dtype: torch.dtype, trainable: int) -> dict[str, Any]:
     """DeepSpeed's own configuration for so many trainable parameters; `deepspeed.extra` has the last word."""
-    return {
+    settings = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_steps,
         "train_batch_size": world * micro_steps,
-        "zero_optimization": {"stage": config.deepspeed.stage, "reduce_bucket_size": min(trainable, REDUCE_BUCKET)},
+        "zero_optimization": _zero_json(config.deepspeed, trainable),
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW steps on CPUs too, and needs no compiler
         "bf16": {"enabled": dtype is torch.bfloat16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "gradient_clipping": config.train.grad_clip,
         "steps_per_print": 1 << 30,
-        **config.deepspeed.extra,
     }
+    return _overridden(settings, config.deepspeed.extra)
+
+
+def _zero_json(engine: DeepSpeedConfig, trainable: int) -> dict[str, Any]:
+    settings: dict[str, Any] = {"stage": engine.stage, "reduce_bucket_size": min(trainable, REDUCE_BUCKET)}
+    offload, zero_pp = engine.offload, engine.zero_pp
+    for name, to in (("offload_optimizer", offload.optimizer), ("offload_param", offload.parameters)):
+        if to is not OffloadTo.none:
+            settings[name] = {"device": to.value, "pin_memory": offload.pin_memory}
+        if to is OffloadTo.nvme:
+            settings[name]["nvme_path"] = offload.nvme_path
+    if zero_pp.partition_ranks > 1:
+        settings["zero_hpz_partition_size"] = zero_pp.partition_ranks
+    if zero_pp.quantized_weights:
+        settings["zero_quantized_weights"] = True
+    if zero_pp.quantized_gradients:
+        settings["zero_quantized_gradients"] = True
+    return settings
+
+
+def _overridden(settings: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    found = dict(settings)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(found.get(key), dict)
+        found[key] = _overridden(found[key], value) if both else value
+    return found
 
 
 class _Snapshots(TorchCheckpointEngine):
@@ -96,6 +124,14 @@ class Engine:
     def forward(self, batch: PackedBatch) -> Losses:
         """The losses of one micro-batch, which is on the device."""
         return self._engine(batch)
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Inside it, `forward` only measures: no dropout, no gradient."""
+        self._engine.eval()
+        with torch.no_grad():
+            yield
+        self._engine.train()
 
     def backward(self, loss_sum: Tensor, n_global: int, last: bool, factor: Tensor | None = None) -> None:
         """Adds the gradient of one micro-batch.

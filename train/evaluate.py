@@ -142,13 +142,7 @@ class Scorer:
 
     def text(self, folder: Path) -> dict[str, Any]:
         """Loss on text alone, and a digest of all its logits: equal digests mean equal models, as far as text goes."""
-        source = self._open("text", folder)
-        reader = Materialiser([source], self.tokenizer, self.images, 0)
-        segments = [
-            Segment(render(elements, whole(elements), self.tokenizer, self.images.tokens), (), 0, int(row))
-            for row in source.kept(0, source.facts.kept)
-            for elements in [reader.elements(0, int(row))]
-        ]
+        segments = self.texts(folder)
         digest = hashlib.sha256()
         with torch.no_grad():
             for batch, _ in self._batches(segments):
@@ -160,6 +154,26 @@ class Scorer:
             "tokens": int(scores.tokens.sum()),
             "logits_sha256": digest.hexdigest(),
         }
+
+    def texts(self, folder: Path) -> list[Segment]:
+        """The segments of a held-out plain-text source."""
+        source = self._open("text", folder)
+        reader = Materialiser([source], self.tokenizer, self.images, 0)
+        return [
+            Segment(render(elements, whole(elements), self.tokenizer, self.images.tokens), (), 0, int(row))
+            for row in source.kept(0, source.facts.kept)
+            for elements in [reader.elements(0, int(row))]
+        ]
+
+    def captions(self, name: str, folder: Path, most: int) -> dict[str, list[Segment]]:
+        """Captions of at most so many pictures of a split: behind none, the right one and a wrong one; in stage language only none."""
+        items, pixels = self._read_split(name, folder)
+        items = items[:: max(1, -(-len(items) // most))]  # evenly: neighbours are alike
+        found = {"blind": [self._segment(item["caption"], None) for item in items]}
+        if self.config.run.stage is not Stage.language:
+            found["right"] = [self._segment(item["caption"], pixels[item["key"]]) for item in items]
+            found["wrong"] = [self._segment(item["caption"], pixels[item["wrong_image"]]) for item in items]
+        return found
 
     @torch.no_grad()
     def score(self, segments: Sequence[Segment]) -> Scores:

@@ -27,12 +27,15 @@ from train.flops import cost_model
 from train.guard import Guard
 from train.model.xcomposer2 import XComposer2
 from train.objective import losses_by_source
+from train.profiling import Profiling
 from train.ranks import Ranks
 from train.run_dir import RunDir
 from train.signals import SaveRequest, StopRequest
+from train.tracking.figures import Figures
 from train.tracking.reporter import Reporter
+from train.tracking.stopwatch import Stopwatch
 from train.tracking.terminal import Terminal
-from train.tracking.trackers import Metrics
+from train.validate import Validation
 from train.watchdog import Watchdog
 from train.weights import final
 
@@ -84,7 +87,8 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
     trained, frozen = optim.resolve(model, config.train)
     engine = Engine(config, model, optim.adamw(trained, config.train), ranks, device.dtype)
     state, resumed = _resume(config, run, ranks, device, data, engine, folder, saved)
-    reporter = Reporter(config, run, terminal)
+    reporter = Reporter(config, run, ranks, terminal)
+    figures = Figures(config, data, optim.highest_scales(trained), run.lived_s())
     if ranks.rank == 0:
         begins = f"resumed from step {state.step}" if resumed else "started"
         about = f"{config.run.name}: {begins}, {ranks.world} ranks, ZeRO-{config.deepspeed.stage}, {device.dtype} ({device.reason})"
@@ -113,9 +117,11 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
     budgets = {name: source.errors for name, source in config.data.sources.items()}
     guard = Guard(config.guard, run.path, ranks.rank, device.torch_device, state.guard)
     writer = checkpoint.Writer(run, engine, ranks, config.checkpoint)
+    validation = Validation(config, data.tokenizer, engine, ranks, device)
+    profiling = Profiling(config.profile, run.path, ranks.rank)
     saved_step = state.step if resumed else None
     ending = Ending(EXIT_DONE, "done", state.step)
-    asked = time.monotonic()
+    stopwatch, asked = Stopwatch(device.torch_device), time.monotonic()
     watchdog.beat(state.step, "data")
     for step in loader:
         if config.train.steps is not None and state.step >= config.train.steps:
@@ -126,7 +132,8 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
             ending = Ending(EXIT_NEEDS_PERSON, f"{config.run.name}: stopped after step {state.step}: {over} ({cure})", state.step)
             break
         got = time.monotonic()
-        agreed = ranks.agree([*Counts.of(step, stop, save), *budget.charges(step, list(budgets))])
+        own = Counts.of(step, stop, save)
+        agreed = ranks.agree([*own, *budget.charges(step, list(budgets))])
         counts, charges = Counts(*agreed[: len(Counts._fields)]), agreed[len(Counts._fields) :]
         if counts.stop:
             why = stop.reason() or "another rank was asked"
@@ -135,35 +142,38 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
             )
             break
 
-        began = state.cursor  # noted with the step's metrics: `xc-data replay` starts there
+        began = state.cursor
         watchdog.beat(state.step, "forward")
+        profiling.before(state.step + 1)
+        stopwatch.lap("data")
         by_source, loss_sums = [], []
         for micro_batch in step.micro_batches:
             last = micro_batch is step.micro_batches[-1]
             batch = micro_batch.batch.to(device.torch_device)
             losses = engine.forward(batch)
             loss_sums.append(losses.loss_sum.detach())
+            stopwatch.lap("forward")
             engine.backward(losses.loss_sum, counts.supervised, last, guard.factor(loss_sums, counts.supervised) if last else None)
             by_source.append(losses_by_source(losses.per_target_L, batch, len(data.sources)))
+            stopwatch.lap("backward")
         progress = _progress(config, step)
         lr = optim.learning_rate(config.train, (state.progress + progress) / 2)
         skipped = engine.step(lr)
+        stopwatch.lap("optimizer")
+        profiling.after(state.step + 1)
 
         guard.after(step, began, bool(skipped), engine.grad_norm(), data.sources)
         ledger.write(step.step, step.bad)
         totals = Counter(budget.charged(state.totals, budgets, charges))
-        totals.update({**counts._asdict(), "skipped": skipped})
+        seconds = time.monotonic() - asked
+        totals.update({**counts._asdict(), "skipped": skipped, "step_ms": round(seconds * 1000)})
         state = replace(state, step=step.step + 1, cursor=(step.cursor.window, step.cursor.pack), progress=progress, totals=dict(totals))
         state = replace(state, drawn=data.plan.drawn(step.cursor))
-        seconds = time.monotonic() - asked
-        about = {
-            "progress": progress,
-            "optim/lr": lr,
-            "optim/grad_norm": engine.grad_norm(),
-            "data/window": began[0],
-            "data/pack": began[1],
-        }
-        reporter.add(state.step, by_source, {**about, **_metrics(counts, totals, seconds, waited=got - asked)})
+        host = figures.of_step(counts, state, seconds, got - asked, lr, engine.grad_norm(), began)
+        if validation.due(state.step):
+            watchdog.beat(state.step, "checkpoint")
+            host |= validation.measure()
+        reporter.add(state.step, by_source, host, stopwatch.laps(), own.image_tokens, device.most_memory())
         saves = counts.save > 0 or state.step % config.checkpoint.every == 0
         if saves or state.step % config.track.every == 0:
             reporter.flush()
@@ -179,10 +189,12 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
             break
         writer.check()
         asked = time.monotonic()
+        stopwatch.start()
         watchdog.started()
         watchdog.beat(state.step, "data")
 
     watchdog.beat(state.step, "checkpoint")
+    profiling.close(state.step)
     reporter.flush()
     if state.step != saved_step:
         writer.save(replace(state, guard=guard.state()))
@@ -243,21 +255,6 @@ def _resume(
     checkpoint.require_same(saved, start, folder)
     checkpoint.load(folder, engine, ranks)
     return saved, True
-
-
-def _metrics(counts: Counts, totals: Counter[str], seconds: float, waited: float) -> Metrics:
-    """What the host knows of a step without asking the device; names are grouped by prefix for dashboards."""
-    return {
-        "throughput/tokens_per_s": counts.tokens / seconds,
-        "throughput/step_s": seconds,
-        "throughput/data_wait_share": waited / seconds,
-        "data/tokens": totals["tokens"],
-        "data/supervised_tokens": totals["supervised"],
-        "data/image_tokens": totals["image_tokens"],
-        "data/images": totals["images"],
-        "health/skipped_steps": totals["skipped"],
-        "health/bad_samples": totals["dropped"],
-    }
 
 
 def _progress(config: Config, step: StepData) -> float:

@@ -70,6 +70,14 @@ def table(trained: Iterable[Group], frozen: Iterable[Group], lr: float) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
+def highest_scales(groups: Iterable[Group]) -> dict[str, float]:
+    """By rule, the largest factor on the learning rate: layer-wise decay gives one rule many."""
+    found: dict[str, float] = {}
+    for group in groups:
+        found[group.pattern] = max(group.lr_scale, found.get(group.pattern, 0.0))
+    return found
+
+
 def adamw(groups: list[Group], config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over the groups, one kernel a tensor; `set_lr` gives each step its learning rate."""
     parameters = [{"params": g.parameters, "weight_decay": g.weight_decay, "lr": 0.0, "lr_scale": g.lr_scale} for g in groups]

@@ -7,7 +7,7 @@
     heartbeat.json   step, phase, time              tracking/             TensorBoard and wandb files
     evaluation.json  figures on held-out data       stop                  touch it to stop the run
     skipped/         samples of skipped steps       save                  touch it to get a checkpoint now
-    logs/stacks-rank-N.txt, hang.json   what hung (train/watchdog.py)
+    profile/         traces of some steps           logs/stacks-rank-N.txt, hang.json   what hung (train/watchdog.py)
 
 Invariant: a file that others read is replaced in one step, never seen half-written.
 """
@@ -90,6 +90,11 @@ class RunDir:
     def events(self) -> list[dict[str, Any]]:
         """Starts and ends of lives, in order."""
         return jsonl.read(self.lives)
+
+    def lived_s(self) -> float:
+        """Wall time of the lives that have ended."""
+        starts = {e["life"]: e["time"] for e in self.events() if e["event"] == "start"}
+        return sum(max(0.0, e["time"] - starts[e["life"]]) for e in self.events() if e["event"] == "end" and e["life"] in starts)
 
     def beat(self, step: int, phase: str) -> None:
         """Says that rank 0 is alive and where it is."""

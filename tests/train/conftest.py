@@ -34,7 +34,7 @@ def stage(demo: Any, environment: dict[str, str], tmp_path: Path) -> Callable[..
 @pytest.fixture(scope="session")
 def whole(demo: Any, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Stage:
     """A run that nothing interrupted, by the command: what interrupted ones are compared with. Tests copy it before they touch it."""
-    cadence = {"checkpoint": {"keep_last": 100}, "track": {"every": 3, "tensorboard": True, "wandb": True}}
+    cadence = {"checkpoint": {"keep_last": 100}, "profile": {"steps": [5, 6]}, "track": {"every": 3, "tensorboard": True, "wandb": True}}
     made = make_stage(demo, environment, tmp_path_factory.mktemp("whole") / "run", cadence)
     done = made.train()
     assert done.returncode == EXIT_DONE, done.stderr

@@ -6,12 +6,22 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from stages import Life, live_together, make_stage
 
 from data_pipeline import jsonl
+from data_pipeline.batch import Segment
 from data_pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_TRY_AGAIN, EXIT_USER
+from data_pipeline.text.templates import Rendered
+from data_pipeline.text.tokenizer import Tokenizer
+from train import configure
 from train.cli import main
+from train.evaluate import BATCH_TOKENS, Scorer
+from train.model.xcomposer2 import XComposer2
+from train.validate import share
+from train.weights import final
 
 OTHER_ENGINES = {"zero-0": (0, "fp32"), "zero-1-bf16": (1, "bf16"), "zero-3": (3, "fp32")}
 
@@ -69,13 +79,15 @@ def test_kills_a_signal_a_stop_and_a_save_file_with_other_workers_each_time_leav
 
 @pytest.fixture(scope="module")
 def other_engines(demo, environment, tmp_path_factory):
-    """By ZeRO stage and number format: an uninterrupted run of 6 steps, and what it becomes from its third on."""
+    """By ZeRO stage and number format: an uninterrupted run of 6 steps, validated on its way; and, not validated, its second half."""
     folder = tmp_path_factory.mktemp("engines")
     settings = {
         name: {"deepspeed": {"stage": zero}, "train": {"steps": 6, "precision": precision}, "checkpoint": {"every": 3, "keep_last": 2}}
         for name, (zero, precision) in OTHER_ENGINES.items()
     }
-    wholes = {name: make_stage(demo, environment, folder / name, sections) for name, sections in settings.items()}
+    held_out = {"splits": {"picture": str(demo.source("heldout/unseen_picture/test"))}, "text": str(demo.source("heldout/text"))}
+    validated = {"evaluate": {**held_out, "every": 2, "pictures": 45}}
+    wholes = {name: make_stage(demo, environment, folder / name, {**sections, **validated}) for name, sections in settings.items()}
     live_together([Life(whole) for whole in wholes.values()])
     again = {name: make_stage(demo, environment, folder / f"{name}-again", sections) for name, sections in settings.items()}
     for name, one in again.items():
@@ -93,6 +105,36 @@ def test_a_run_that_goes_on_from_a_checkpoint_is_the_uninterrupted_one_bitwise_u
     assert [line["step"] for line in replayed] == [4, 5, 6]
     assert again.losses() == wholes.losses()
     assert again.weights() == wholes.weights()
+
+
+@pytest.mark.parametrize("name", OTHER_ENGINES)
+def test_losses_measured_on_the_way_are_those_of_the_weights_of_their_step(other_engines, name):
+    wholes, _ = other_engines
+    one = wholes[name]
+    lines = {line["step"]: line for line in jsonl.read(one.run.metrics)}
+    assert [step for step, line in lines.items() if "validation/text/nll" in line] == [2, 4, 6]
+    config = configure.read_resolved(one.run.path)
+    model = XComposer2(config.model, config.data.images.size, config.data.images.tokens)
+    final.load_into(model, one.run.path)
+    scorer = Scorer(model.to(torch.bfloat16 if "bf16" in name else torch.float32).eval(), Tokenizer(config.data.tokenizer), config)
+    captions = scorer.captions("picture", Path(config.evaluate.splits["picture"]), 45)
+    assert len(captions["right"]) == 40
+    measured = {f"picture/nll_{figure}": scorer.score(segments).mean() for figure, segments in captions.items()}
+    measured["text/nll"] = scorer.score(scorer.texts(Path(config.evaluate.text))).mean()
+    tolerance = 2e-3 if "bf16" in name else 1e-5
+    assert {k: lines[6][f"validation/{k}"] for k in measured} == pytest.approx(measured, rel=tolerance)
+    sees = lines[6]["validation/picture/nll_wrong"] - lines[6]["validation/picture/nll_right"]
+    assert lines[6]["validation/picture/wrong_minus_right"] == sees
+
+
+@pytest.mark.parametrize(("segments", "world"), [(0, 2), (1, 3), (7, 2), (1000, 3)])
+def test_every_rank_gets_as_many_batches_and_every_segment_one_rank(segments, world):
+    rendered = Rendered(ids=np.zeros(900, np.int64), supervised=np.ones(900, bool), image_positions=np.zeros(0, np.int64), images=())
+    made = [Segment(rendered, (), 0, i) for i in range(segments)]
+    shares = [share(made, rank, world) for rank in range(world)]
+    assert len({len(batches) for batches in shares}) == 1
+    assert [s.sample for batches in shares for batch in batches for s in batch] == list(range(segments))
+    assert all(len(batch) * 900 <= BATCH_TOKENS for batches in shares for batch in batches)
 
 
 def test_only_the_configured_checkpoints_stay(other_engines):

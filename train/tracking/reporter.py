@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from train.config import Config
+from train.ranks import Ranks
 from train.run_dir import RunDir
 from train.tracking.meter import Meter
+from train.tracking.stopwatch import Laps
 from train.tracking.terminal import Terminal
 from train.tracking.trackers import Metrics, Trackers
 
@@ -17,9 +19,9 @@ from train.tracking.trackers import Metrics, Trackers
 class Reporter:
     """The voice of a run; on ranks above 0 it only takes part in the sums."""
 
-    def __init__(self, config: Config, run: RunDir, terminal: Terminal) -> None:
+    def __init__(self, config: Config, run: RunDir, ranks: Ranks, terminal: Terminal) -> None:
         self._config, self._run, self._terminal = config, run, terminal
-        self._meter = Meter(list(config.data.sources))
+        self._meter = Meter(list(config.data.sources), ranks.rank, ranks.world)
         self._trackers: Trackers | None = None
 
     def begin(self, life: int, step: int, settings: dict[str, Any], lines: list[str]) -> None:
@@ -28,9 +30,9 @@ class Reporter:
         for line in lines:
             self._terminal.say(line)
 
-    def add(self, step: int, by_source: list[tuple[Tensor, Tensor]], host: Metrics) -> None:
-        """Notes a step, without waiting for the device."""
-        self._meter.add(step, by_source, host)
+    def add(self, step: int, by_source: list[tuple[Tensor, Tensor]], host: Metrics, laps: Laps, image_tokens: int, memory: int) -> None:
+        """Notes a step, without waiting for the device; arguments as those of `Meter.add`."""
+        self._meter.add(step, by_source, host, laps, image_tokens, memory)
 
     def flush(self) -> None:
         """Sums the noted steps over the ranks and shows them."""

@@ -5,6 +5,7 @@ replayed are told apart. Only rank 0 tracks.
 """
 
 import logging
+import math
 import os
 import time
 import uuid
@@ -37,8 +38,9 @@ class JsonLines:
         self._path, self._life = run.metrics, life
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Appends the step."""
-        jsonl.append(self._path, [{"step": step, "life": self._life, "time": time.time(), **metrics}])
+        """Appends the step; a number that JSON does not know becomes null."""
+        known = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        jsonl.append(self._path, [{"step": step, "life": self._life, "time": time.time(), **known}])
 
     def close(self) -> None:
         """Nothing is held back."""

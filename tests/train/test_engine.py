@@ -1,0 +1,37 @@
+"""The typed settings become DeepSpeed's own, which DeepSpeed knows, and `extra` has the last word."""
+
+import pytest
+import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+from train.config import Config, DeepSpeedConfig, OffloadConfig, OffloadTo, ZeroPPConfig
+from train.engine import engine_json
+
+
+def settings(**engine):
+    config = Config(deepspeed=DeepSpeedConfig(**engine))
+    return engine_json(config, world=4, micro_steps=2, dtype=torch.bfloat16, trainable=1000)
+
+
+def test_by_default_nothing_is_offloaded_and_batches_are_counted_as_deepspeed_counts_them():
+    made = settings()
+    assert made["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
+    assert (made["train_batch_size"], made["gradient_accumulation_steps"]) == (8, 2)
+    assert made["data_types"]["grad_accum_dtype"] == "fp32"
+
+
+@pytest.mark.parametrize("device", ["cpu", "nvme"])
+def test_offload_and_zero_pp_are_what_deepspeed_understands(device):
+    offload = OffloadConfig(optimizer=OffloadTo(device), parameters=OffloadTo(device), nvme_path="/local/disk")
+    made = settings(stage=3, offload=offload, zero_pp=ZeroPPConfig(8, quantized_weights=True, quantized_gradients=True))
+    known = DeepSpeedZeroConfig(**made["zero_optimization"])
+    assert known.offload_optimizer.device == known.offload_param.device == device
+    assert (str(known.offload_optimizer.nvme_path) == "/local/disk") == (device == "nvme")
+    assert known.offload_optimizer.pin_memory
+    assert (known.zero_hpz_partition_size, known.zero_quantized_weights, known.zero_quantized_gradients) == (8, True, True)
+
+
+def test_extra_overrides_one_key_of_a_section_and_leaves_the_others():
+    made = settings(stage=1, extra={"zero_optimization": {"allgather_bucket_size": 7, "stage": 2}, "wall_clock_breakdown": True})
+    assert made["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000, "allgather_bucket_size": 7}
+    assert made["wall_clock_breakdown"] is True
