@@ -140,6 +140,25 @@ class GroupRule:
     """Layer-wise decay: the factor per block counted from the top (paper: 0.90 for the ViT)."""
 
 
+class Recompute(Enum):
+    """Which activations are computed again in the backward pass instead of being kept."""
+
+    none = "none"  # all are kept
+    full = "full"  # of a block only its input is kept
+    every = "every"  # the same in one block of `every`
+    ops = "ops"  # the outputs of large products and attention kernels are kept, everything between them is computed again
+
+
+@dataclass
+class Checkpointing:
+    """Activation checkpointing of the blocks of ViT and decoder: memory for time. Losses and gradients stay the same."""
+
+    kind: Recompute = Recompute.none
+    """none, full, every or ops."""
+    every: int = 2
+    """With kind `every`: the first of each so many blocks is checkpointed; 1 is `full`."""
+
+
 @dataclass
 class TrainConfig:
     """How the weights move."""
@@ -166,6 +185,10 @@ class TrainConfig:
     groups: list[GroupRule] = field(default_factory=list)
     """Ordered rules, first match wins; a parameter that no rule matches is an error."""
     precision: Precision = Precision.auto
+    checkpointing: Checkpointing = field(default_factory=Checkpointing)
+    """Activation checkpointing; may be changed when a run goes on."""
+    compile: bool = False
+    """torch.compile of each block of ViT and decoder: for GPUs, whose shapes repeat; not under ZeRO-3."""
 
 
 class OffloadTo(Enum):

@@ -78,6 +78,8 @@ def _difference(a: Any, b: Any, path: str, passed: tuple[str, ...]) -> str | Non
         for key in [*a, *(k for k in b if k not in a)]:
             if (path == "data" and key in passed) or (path.startswith("data.sources.") and key == "errors"):
                 continue
+            if path == "train" and key == "checkpointing":  # memory for time, the same bits
+                continue
             found = _difference(a.get(key), b.get(key), f"{path}.{key}", passed)
             if found:
                 return found
@@ -111,6 +113,12 @@ def _check(config: Config, where: str) -> None:
     if config.deepspeed.stage not in (0, 1, 2, 3):
         raise UserError(f"{where}: deepspeed.stage is {config.deepspeed.stage} (use 0, 1, 2 or 3)")
     _check_engine(config.deepspeed, where)
+    if config.train.checkpointing.every < 1:
+        raise UserError(f"{where}: train.checkpointing.every is {config.train.checkpointing.every} (use 1 or more)")
+    if config.train.compile and config.deepspeed.stage == 3:
+        raise UserError(
+            f"{where}: train.compile does not go with deepspeed.stage 3, whose hooks cut every graph (use stage 2, or do not compile)"
+        )
     if config.data.global_batch < 1 or config.data.micro_packs < 1 or config.data.window < 1:
         raise UserError(f"{where}: data.global_batch, data.micro_packs and data.window must be at least 1 (raise them)")
     if config.train.schedule is Schedule.wsd and not 0 <= config.train.decay <= 1 - config.train.warmup:

@@ -213,6 +213,7 @@ def build_model(config: Config, device: Device) -> XComposer2:
     model.init_weights(config.run.seed)
     if config.run.init_from:
         final.load_into(model, config.run.init_from)
+    model.apply_cost_settings(config.train.checkpointing, config.train.compile)
     return model.to(device.torch_device, device.dtype)
 
 
