@@ -40,6 +40,7 @@ setup(
             "pytest>=8,<10",
             "pytest-timeout>=2.3,<3",
             "ruff>=0.12,<1",
+            "transformers>=4.57,<6",  # the reference that the model is compared with
         ],
     },
     entry_points={
