@@ -116,7 +116,7 @@ def _check_stage(config: Config, earlier: list[str]) -> None:
     from data_pipeline.shards.source import ShardSource
     from train import configure
     from train.run_dir import RunDir
-    from train.weights import final
+    from train.weights import initial
 
     data = open_data(config.data, config.run.seed, config.train.steps)
     rows, words = config.model.decoder.vocab, data.tokenizer.size
@@ -130,8 +130,7 @@ def _check_stage(config: Config, earlier: list[str]) -> None:
         held_out["evaluate.text"] = config.evaluate.text
     for name, folder in held_out.items():
         ShardSource(name, folder).require_tokenizer(data.tokenizer.digest)
-    if config.run.init_from and config.run.init_from not in earlier:
-        final.digest(config.run.init_from)
+    initial.check(config, earlier)
     run = RunDir(config.run.dir)
     if run.config.exists():
         key = configure.shaping_difference(config, configure.read_resolved(run.path))

@@ -51,7 +51,7 @@ class RunConfig:
     seed: int = 0
     """Seed of weights, data order, augmentation and dropout."""
     init_from: str | None = None
-    """Run directory whose final weights this stage starts from; nothing = fresh weights."""
+    """Run directory whose final weights this stage starts from, or folder of a released InternLM-XComposer2 (docs/weights.md)."""
     deterministic: bool = False
     """Deterministic GPU kernels: resume is bitwise there too, at some cost. On CPUs it always is."""
 
@@ -72,6 +72,8 @@ class VisionConfig:
     """Mean of RGB in 0..1 that images are normalised with (CLIP)."""
     std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
     """Deviation of RGB in 0..1 (CLIP)."""
+    weights: str | None = None
+    """Hugging Face folder of a CLIP whose tower this stage starts from; nothing = fresh weights, or those of run.init_from."""
 
 
 @dataclass
@@ -101,6 +103,8 @@ class DecoderConfig:
     rope_theta: float = 1e6
     init_std: float = 0.02
     """Deviation of fresh weights."""
+    weights: str | None = None
+    """Hugging Face folder of an InternLM2 or a Llama that this stage starts from; nothing = fresh weights, or those of run.init_from."""
 
 
 @dataclass

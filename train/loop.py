@@ -37,7 +37,7 @@ from train.tracking.stopwatch import Stopwatch
 from train.tracking.terminal import Terminal
 from train.validate import Validation
 from train.watchdog import Watchdog
-from train.weights import final
+from train.weights import final, initial
 
 
 @dataclass(frozen=True)
@@ -210,9 +210,7 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
 def build_model(config: Config, device: Device) -> XComposer2:
     """The model with the stage's starting weights, on the device and in its number format."""
     model = XComposer2(config.model, config.data.images.size, config.data.images.tokens)
-    model.init_weights(config.run.seed)
-    if config.run.init_from:
-        final.load_into(model, config.run.init_from)
+    initial.fill(model, config)
     model.apply_cost_settings(config.train.checkpointing, config.train.compile)
     return model.to(device.torch_device, device.dtype)
 
@@ -244,7 +242,7 @@ def _resume(
         totals={},
         guard={},
         plan_digest=data.plan.digest,
-        base_digest=final.digest(config.run.init_from) if config.run.init_from else None,
+        base_digest=initial.digest(config),
         world=ranks.world,
         zero_stage=config.deepspeed.stage,
         dtype=str(device.dtype),

@@ -5,6 +5,7 @@ reads a tensor's value on the host. Fresh weights depend on the seed and on each
 """
 
 import hashlib
+from collections.abc import Container
 from typing import NamedTuple
 
 import torch
@@ -82,13 +83,19 @@ class XComposer2(nn.Module):
         segments = Segments.build(batch.segment_lengths, batch.cu_seqlens, x_TD.dtype)
         return self.decoder(x_TD, batch.position_ids, segments, batch.image_index)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter by name."""
+        return {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
+
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Fresh weights: matrices and tables N(0, init_std), biases and PLoRA's B zero, norms one.
+    def init_weights(self, seed: int, loaded: Container[str] = ()) -> None:
+        """Fresh weights where none will be `loaded`: matrices and tables N(0, init_std), biases and PLoRA's B zero, norms one.
 
         A is N(0, init_std) too, as it is in effect in the official code. With B zero the decoder starts as its base model.
         """
         for name, parameter in self.named_parameters():
+            if name in loaded:
+                continue
             if name.endswith("plora_b") or name.endswith("bias"):
                 parameter.zero_()
             elif parameter.dim() > 1:

@@ -7,13 +7,14 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
 from train.run_dir import RunDir, file_digest, fsync_tree, read_json
+from train.weights.clip import POSITIONS
+from train.weights.hub import HubFolder
+from train.weights.mapping import Entry, Shapes, fits, load
 
 MODEL_FILE = "model.safetensors"
 MANIFEST = "manifest.json"
@@ -47,25 +48,31 @@ def digest(run_dir: str | Path) -> str:
     return str(manifest["digest"])
 
 
+def folder(run_dir: str | Path) -> Path:
+    """Where a run's final weights lie."""
+    return RunDir(run_dir).final
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether the folder is a run directory, finished or not."""
+    run = RunDir(path)
+    return run.config.exists() or run.final.exists()
+
+
+def entries(shapes: Shapes) -> list[Entry]:
+    """Every parameter under its own name; a position table of another image size is resampled."""
+    return [Entry(name, {name: shape}, table=name == POSITIONS) for name, shape in shapes.items()]
+
+
 def load_into(model: nn.Module, run_dir: str | Path) -> None:
     """Fills a model with a run's final weights, each converted to the format of its parameter.
 
     Raises:
-        UserError: no such weights, or they are not this model's: names what is missing, unexpected or wrongly shaped.
+        UserError: no such weights, or they are not this model's: a table of what does not fit.
     """
     digest(run_dir)
-    file = RunDir(run_dir).final / MODEL_FILE
-    try:
-        found = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} cannot be read: {error} (run that stage again)") from None
-    wanted = dict(model.named_parameters())
-    problems = [f"missing {n}" for n in wanted if n not in found] + [f"unexpected {n}" for n in found if n not in wanted]
-    problems += [
-        f"{n} is {tuple(found[n].shape)}, not {tuple(p.shape)}" for n, p in wanted.items() if n in found and found[n].shape != p.shape
-    ]
-    if problems:
-        raise UserError(f"{file} does not fit the model: {'; '.join(problems[:3])} ({len(problems)} in all; use the same model section)")
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(found[name])
+    found = HubFolder(folder(run_dir), "final weights")
+    parameters = dict(model.named_parameters())
+    wanted = entries({name: tuple(p.shape) for name, p in parameters.items()})
+    fits(wanted, found, "final weights")
+    load(wanted, found, parameters)

@@ -1,0 +1,189 @@
+"""The weights that a stage starts from: fresh, a finished run's, or those of Hugging Face directories.
+
+    run.init_from           a run, or a released InternLM-XComposer2: the whole model
+    model.decoder.weights   InternLM2 or a Llama: the decoder and its head; PLoRA and the projector start fresh
+    model.vision.weights    CLIP: the vision tower
+
+Invariant: whether the folders fit is settled from headers before a process is started, and again by whoever loads; each tensor is read,
+converted and placed before the next one.
+"""
+
+import hashlib
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipeline.errors import UserError
+from train.config import Config
+from train.model.xcomposer2 import XComposer2
+from train.weights import clip, final, hub, internlm2, llama, official
+from train.weights.hub import HubFolder
+from train.weights.mapping import Entry, Row, fits, load
+
+SAMPLED = 64
+"""Places of a file that its fingerprint reads."""
+SAMPLE_BYTES = 1 << 14
+HARMLESS_SCALING = ("default", "dynamic")
+"""RoPE scaling that changes nothing within the positions that the model was trained on."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder, and which of its tensors become which parameters."""
+
+    key: str
+    """Of the config, which names the folder."""
+    folder: HubFolder
+    entries: list[Entry]
+    ignored: str
+    differing: list[Row]
+    """Values of its config.json that are not the model's."""
+
+
+def check(config: Config, earlier: Container[str] = ()) -> None:
+    """Refuses weights that do not fit the model, before anything is started.
+
+    Args:
+        config: of the stage.
+        earlier: run directories of stages that will be finished first.
+
+    Raises:
+        UserError: a folder that holds no such weights, or a table of what does not fit.
+    """
+    model_config = config.model
+    if config.run.init_from in earlier or not (config.run.init_from or model_config.decoder.weights or model_config.vision.weights):
+        _require_one(config)
+        return
+    with torch.device("meta"):
+        model = XComposer2(model_config, config.data.images.size, config.data.images.tokens)
+    for source in sources(config, model):
+        fits(source.entries, source.folder, source.key, source.ignored, source.differing)
+
+
+def digest(config: Config) -> str | None:
+    """What the stage's first weights are known by; None where all are fresh.
+
+    A run's come from its manifest. Of a Hugging Face directory, names, sizes and samples spread over each file are hashed: a change of a
+    few bytes between them goes unseen, and nobody waits for 15 GB.
+    """
+    named = [config.run.init_from, config.model.decoder.weights, config.model.vision.weights]
+    found = [final.digest(path) if final.is_run(path) else _fingerprint(Path(path)) for path in named if path]
+    return hashlib.sha256("".join(found).encode()).hexdigest() if len(found) > 1 else next(iter(found), None)
+
+
+def fill(model: XComposer2, config: Config) -> None:
+    """Gives every parameter its first value: fresh from the seed, or loaded and converted to its format.
+
+    Raises:
+        UserError: as `check`.
+    """
+    found = sources(config, model)
+    for source in found:
+        fits(source.entries, source.folder, source.key, source.ignored, source.differing)
+    model.init_weights(config.run.seed, loaded={entry.ours for source in found for entry in source.entries})
+    parameters = dict(model.named_parameters())
+    for source in found:
+        load(source.entries, source.folder, parameters)
+
+
+def sources(config: Config, model: XComposer2) -> list[Source]:
+    """Where the weights come from that are not fresh; `model` may be on the meta device.
+
+    Raises:
+        UserError: a folder cannot be read, or is of another kind than its key asks for.
+    """
+    _require_one(config)
+    named = (
+        ("run.init_from", config.run.init_from, _whole),
+        ("model.decoder.weights", config.model.decoder.weights, _decoder),
+        ("model.vision.weights", config.model.vision.weights, _vision),
+    )
+    return [make(key, path, config, model) for key, path, make in named if path]
+
+
+def _require_one(config: Config) -> None:
+    given = [f"model.{part}.weights" for part in ("decoder", "vision") if getattr(config.model, part).weights]
+    if config.run.init_from and given:
+        raise UserError(f"run.init_from has all weights, and {' and '.join(given)} too (drop one: {given[0]}=null)")
+
+
+def _whole(key: str, path: str, config: Config, model: XComposer2) -> Source:
+    shapes = model.shapes()
+    if final.is_run(path):
+        final.digest(path)
+        return Source(key, HubFolder(final.folder(path), key), final.entries(shapes), r"$^", [])
+    if not any((Path(path) / name).exists() for layout in hub.LAYOUTS for name in layout):
+        raise UserError(f"{key}: {Path(path).resolve()} is neither a run nor a folder of Hugging Face weights (mend the path)")
+    folder = HubFolder(path, key)
+    if not any(name.startswith("vision_proj.") for name in folder.facts):
+        raise UserError(f"{key}: {path} is no InternLM-XComposer2: no vision_proj in it (a language model goes to model.decoder.weights)")
+    entries = official.entries(shapes, config.model.vision.name)
+    return Source(key, folder, entries, official.IGNORED, _differing(folder.config, _decoder_values(config)))
+
+
+def _decoder(key: str, path: str, config: Config, model: XComposer2) -> Source:
+    folder, shapes = HubFolder(path, key), model.shapes()
+    differing = _differing(folder.config, _decoder_values(config))
+    if any(name.startswith("vision_proj.") for name in folder.facts):
+        raise UserError(f"{key}: {path} is a whole InternLM-XComposer2 (give it as run.init_from)")
+    if any(name.endswith(".attention.wqkv.weight") for name in folder.facts):
+        return Source(key, folder, internlm2.entries(shapes), internlm2.IGNORED, differing)
+    if any(name.endswith(".self_attn.q_proj.weight") and name.startswith("model.layers.") for name in folder.facts):
+        tied = bool(folder.config.get("tie_word_embeddings", False))
+        ignored = f"{internlm2.IGNORED}|{llama.TIED}" if tied else internlm2.IGNORED
+        return Source(key, folder, llama.entries(shapes, config.model.decoder, tied), ignored, differing)
+    raise UserError(f"{key}: {path} holds neither InternLM2 nor a Llama: no such tensor names (give another folder)")
+
+
+def _vision(key: str, path: str, config: Config, model: XComposer2) -> Source:
+    folder = HubFolder(path, key)
+    embedding = "embeddings.class_embedding"
+    prefix = next((name.removesuffix(embedding) for name in folder.facts if name.endswith(embedding)), None)
+    if prefix is None:
+        raise UserError(f"{key}: {path} holds no CLIP vision tower: no {embedding} in it (give another folder)")
+    entries = clip.entries(model.shapes(), config.model.vision.name, prefix)
+    above = rf"{prefix}encoder\.layers\.({'|'.join(map(str, range(len(model.vision.vit.blocks), 1 << 8)))})\."
+    ours = {
+        "hidden_act": "quick_gelu" if "quickgelu" in config.model.vision.name else "gelu",
+        "num_attention_heads": model.vision.vit.blocks[0].attn.num_heads,
+    }
+    theirs = folder.config.get("vision_config") or folder.config
+    return Source(key, folder, entries, f"({clip.IGNORED})|(^{above})", _differing(theirs, ours))
+
+
+def _decoder_values(config: Config) -> dict[str, Any]:
+    decoder = config.model.decoder
+    return {
+        "hidden_act": "silu",
+        "num_attention_heads": decoder.heads,
+        "num_key_value_heads": decoder.kv_heads,
+        "rms_norm_eps": decoder.rms_eps,
+        "rope_theta": decoder.rope_theta,
+    }
+
+
+def _differing(theirs: dict[str, Any], ours: dict[str, Any]) -> list[Row]:
+    """Values that shapes do not tell and that would be wrong in silence."""
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    theirs = {"rope_theta": rope.get("rope_theta"), **theirs}
+    rows = [Row("wrong value", k, "config.json", f"{theirs[k]}, not {v}") for k, v in ours.items() if theirs.get(k) not in (None, v)]
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if "rope_theta" in ours and kind not in HARMLESS_SCALING and float(rope.get("factor") or 1.0) != 1.0:
+        rows.append(Row("wrong value", "rope scaling", "config.json", f"{kind}, which this decoder has not"))
+    return rows
+
+
+def _fingerprint(folder: Path) -> str:
+    digest = hashlib.sha256()
+    files: Sequence[Path] = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") or p.name.endswith(".index.json"))
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for place in range(SAMPLED):
+                file.seek(max(0, size - SAMPLE_BYTES) * place // (SAMPLED - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()

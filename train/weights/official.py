@@ -1,0 +1,31 @@
+"""Names of the released InternLM-XComposer2: InternLM2's, PLoRA beside each linear, CLIP's tower, and the projector.
+
+Invariant: every parameter of the model has exactly one place there, so that what is written can be read back, bitwise.
+"""
+
+from train.weights import clip, internlm2
+from train.weights.mapping import Entry, Shapes
+
+VIT = "vit.vision_tower.vision_model."
+IGNORED = rf"({internlm2.IGNORED})|({clip.IGNORED})"
+PROJECTOR = {"linear_in": "0", "linear_out": "2"}
+PLORA = {"plora_a": "Plora_A.weight", "plora_b": "Plora_B.weight"}
+RANK, SCALE = 256, 1.0
+"""What engines take for granted (lmdeploy; the official modelling code, for all linears of the VL-7B)."""
+
+
+def entries(shapes: Shapes, architecture: str) -> list[Entry]:
+    """Every parameter of the model; `architecture` is model.vision.name.
+
+    Raises:
+        UserError: the vision tower is not CLIP's.
+    """
+    tower = clip.entries(shapes, architecture, VIT)
+    return [*(Entry(ours, {_name(ours): shape}) for ours, shape in shapes.items() if not ours.startswith(clip.VIT)), *tower]
+
+
+def _name(ours: str) -> str:
+    module, _, kind = ours.rpartition(".")
+    if module.startswith("projector."):
+        return f"vision_proj.{PROJECTOR[module.removeprefix('projector.')]}.{kind}"
+    return internlm2.name(f"{module}.{PLORA.get(kind, kind)}")
