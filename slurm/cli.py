@@ -45,6 +45,21 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="print the job script and ask sbatch whether it would take it; write nothing"
     )
     submit.set_defaults(run=_submit)
+
+    status = commands.add_parser("status", help="what a run does, or all of yours", description=_STATUS)
+    status.add_argument("run_dir", nargs="?", metavar="RUN", help="a run directory; without one, a line for each of your jobs in the queue")
+    status.add_argument("--watch", action="store_true", help="again every few seconds, until the job has ended")
+    status.set_defaults(run=_status)
+
+    stop = commands.add_parser("stop", help="checkpoint, then end", description=_STOP)
+    stop.add_argument("run_dir", metavar="RUN", help="a run directory")
+    stop.set_defaults(run=_stop)
+
+    logs = commands.add_parser("logs", help="what the job, or one of its ranks, said", description=_LOGS)
+    logs.add_argument("run_dir", metavar="RUN", help="a run directory")
+    logs.add_argument("--rank", type=int, metavar="R", help="of this rank; without it, what the job script and rank 0 said")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on as it is written")
+    logs.set_defaults(run=_logs)
     return parser
 
 
@@ -55,11 +70,35 @@ The job is requeued after a time limit, a preemption, a crash or a dead node, an
   xc-slurm submit configs/pretrain_7b.yaml slurm.nodes=16 --dry-run
   xc-slurm submit configs/pretrain_7b.yaml slurm.nodes=16 slurm.partition=train"""
 
+_STATUS = """State, life, step, loss, speed, time left, last checkpoint, and why it waits: from squeue, else scontrol, else sacct, and from
+the run directory."""
+_STOP = """The run ends after its current step with a checkpoint, and its job is not requeued; a job that waits is taken out of the queue.
+`touch RUN/stop` does the same for whoever may write there. The same xc-slurm submit goes on."""
+_LOGS = "All lives are in one file, in order; each begins with a line that says when, where and in which job."
+
 
 def _submit(args: argparse.Namespace) -> int:
     from slurm.submit import submit
 
     return submit(args.config, args.overrides, args.dry_run)
+
+
+def _status(args: argparse.Namespace) -> int:
+    from slurm.status import status
+
+    return status(args.run_dir, args.watch)
+
+
+def _stop(args: argparse.Namespace) -> int:
+    from slurm.status import stop
+
+    return stop(args.run_dir)
+
+
+def _logs(args: argparse.Namespace) -> int:
+    from slurm.status import logs
+
+    return logs(args.run_dir, args.rank, args.follow)
 
 
 if __name__ == "__main__":

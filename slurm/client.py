@@ -14,6 +14,8 @@ from data_pipeline.errors import UserError
 COMMENT = "xc-slurm "
 """Begins the comment of our jobs; the run directory follows."""
 
+ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -34,8 +36,8 @@ class Job:
 
     @property
     def ended(self) -> bool:
-        """Whether it has left the queue."""
-        return self.origin != "squeue"
+        """Whether it is over: not waiting, not running, and not about to be requeued."""
+        return self.state.split()[0].rstrip("+") in ENDED
 
 
 def run(*command: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:

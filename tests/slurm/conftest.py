@@ -37,6 +37,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         made.call("down")
 
 
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """Where ranks of tests run: one thread each, the extensions that `make install` compiled."""
+    from train.device import prepare_deepspeed
+
+    prepare_deepspeed()
+    return {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+
+
 @pytest.fixture
 def slurm_stage(demo: Any, tmp_path: Path) -> Callable[..., SlurmStage]:
     """Writes a stage with a slurm section: two nodes, a rank each, no GPUs; keyword arguments replace whole sections' keys."""

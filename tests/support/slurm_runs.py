@@ -1,6 +1,7 @@
 """A stage on a real Slurm: submitted by the real command, watched and disturbed from outside."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -55,6 +56,25 @@ class SlurmStage:
         result = self.command("submit", str(self.config), *arguments)
         assert result.returncode == 0, result.stderr
         return result.stdout.split()[2].rstrip(":")
+
+    def train_without_slurm(self) -> None:
+        """`xc-train run` on this machine, with as many ranks: what a job's result is compared with."""
+        command = [sys.executable, "-m", "train.cli", "run", str(self.config), "--procs", "2"]
+        result = subprocess.run(command, env=self.environment, text=True, capture_output=True, timeout=240)
+        assert result.returncode == 0, result.stderr
+
+    def kill_rank(self, rank: int) -> None:
+        """SIGKILL to one rank, on whichever node it is."""
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                arguments = (folder / "cmdline").read_bytes().split(b"\0")
+                variables = (folder / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"train.rank" in arguments and str(self.path).encode() in arguments and f"RANK={rank}".encode() in variables:
+                os.kill(int(folder.name), signal.SIGKILL)
+                return
+        raise AssertionError(f"rank {rank} does not run")
 
     def losses(self) -> dict[int, float]:
         """Loss of each step, the newest life's where a step was replayed."""
