@@ -64,13 +64,27 @@ def test_only(script: str) -> str:
     return said
 
 
-def submit(script: str) -> str:
-    """Hands a script file to sbatch; returns the job's id.
+def submit(script: str, after: str | None = None) -> str:
+    """Hands a script file to sbatch; returns the job's id. `after` names a job that must have finished well, or this one is cancelled.
 
     Raises:
         UserError: sbatch refused.
     """
-    result = run("sbatch", "--parsable", script)
+    return _submit(after, script, stdin=None)
+
+
+def submit_text(script: str, after: str | None = None) -> str:
+    """As `submit`, for a script that lies in no file.
+
+    Raises:
+        UserError: sbatch refused.
+    """
+    return _submit(after, stdin=script)
+
+
+def _submit(after: str | None, *file: str, stdin: str | None) -> str:
+    waits = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
+    result = run("sbatch", "--parsable", *waits, *file, stdin=stdin)
     if result.returncode:
         raise UserError(f"sbatch refuses the job: {_last_line(result.stderr)} (mend the slurm section)")
     return result.stdout.strip().split(";")[0]

@@ -25,6 +25,20 @@ class Place:
     """Interpreter that submits; decides in the job script, and runs the ranks where the config names no other."""
 
 
+def directive_environment() -> jinja2.Environment:
+    """Where the templates of this package are rendered: `sh` quotes for bash, `directive` for a line of sbatch."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,  # shell, not HTML: each value goes through `sh` or `directive`
+    )
+    environment.filters |= {"sh": shlex.quote, "directive": _directive}
+    return environment
+
+
 def render(name: str, config: SlurmConfig, place: Place, excluded: list[str], evaluate: bool) -> str:
     """The job script of a stage.
 
@@ -35,34 +49,29 @@ def render(name: str, config: SlurmConfig, place: Place, excluded: list[str], ev
         excluded: nodes that are not used.
         evaluate: whether the stage has held-out data that is measured after training.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-        autoescape=False,  # shell, not HTML: each value goes through `sh` or `directive`
-    )
-    environment.filters |= {"sh": shlex.quote, "directive": _directive}
     container = [f"--container-image={config.container}"] if config.container else []
     if container:
         mounts = [*config.container_mounts, f"{place.run}:{place.run}"]
         container.append(f"--container-mounts={','.join(mounts)}")
-    return environment.get_template("job.sbatch.j2").render(
-        options=_options(name, config, place, excluded),
-        run=str(place.run),
-        python=config.python or place.python,
-        judge=place.python,
-        modules=config.modules,
-        env=config.env,
-        network=config.network.variables,
-        setup=config.setup,
-        preflight=config.preflight.enabled,
-        preflight_seconds=config.preflight.timeout,
-        step_options=_words(container),
-        srun_options=_words(config.srun),
-        tasks_per_node=config.tasks_per_node,
-        evaluate=evaluate,
+    return (
+        directive_environment()
+        .get_template("job.sbatch.j2")
+        .render(
+            options=_options(name, config, place, excluded),
+            run=str(place.run),
+            python=config.python or place.python,
+            judge=place.python,
+            modules=config.modules,
+            env=config.env,
+            network=config.network.variables,
+            setup=config.setup,
+            preflight=config.preflight.enabled,
+            preflight_seconds=config.preflight.timeout,
+            step_options=_words(container),
+            srun_options=_words(config.srun),
+            tasks_per_node=config.tasks_per_node,
+            evaluate=evaluate,
+        )
     )
 
 

@@ -1,4 +1,4 @@
-"""`xc-slurm submit`: checks, renders, freezes and submits one stage.
+"""`xc-slurm submit` and `chain`: checks, renders, freezes and submits stages.
 
 Invariant: what cannot work is refused before anything is written, in one line that names the cure; no torch is needed.
 """
@@ -8,10 +8,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline import jsonl
-from data_pipeline.errors import UserError
+from data_pipeline.errors import EXIT_DONE, UserError
 from slurm import client
 from slurm import config as slurm_config
 from slurm.config import SlurmConfig
@@ -19,10 +20,21 @@ from slurm.job_dir import JobDir
 from slurm.script import Place, render
 from train import configure
 from train.config import Config
+from train.run_dir import RunDir
 
 SECRET = re.compile(r"(?i)(key|token|secret|passw)")
 LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs")
 NAMES = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A stage that can be submitted: checked, and rendered."""
+
+    config: Config
+    settings: SlurmConfig
+    script: str
+    job_dir: JobDir
 
 
 def submit(path: str, overrides: Sequence[str], dry_run: bool) -> int:
@@ -31,9 +43,53 @@ def submit(path: str, overrides: Sequence[str], dry_run: bool) -> int:
     Raises:
         UserError: it cannot work, or sbatch refuses it.
     """
+    stage = plan(path, overrides, dry_run)
+    if not dry_run:
+        _hand_over(stage)
+        print(f"next: xc-slurm status {stage.config.run.dir} --watch")
+    return EXIT_DONE
+
+
+def chain(paths: Sequence[str], overrides: Sequence[str], dry_run: bool) -> int:
+    """Submits stages as jobs in a row, each once the one before has finished; one that fails cancels those behind it.
+
+    A stage that is finished already is passed over.
+
+    Raises:
+        UserError: one of them cannot work; then none was submitted.
+    """
+    stages: list[Planned] = []
+    dirs = [configure.load(path, overrides).run.dir for path in paths]
+    if len(set(dirs)) < len(dirs):
+        raise UserError(f"two stages share run.dir {next(d for d in dirs if dirs.count(d) > 1)} (give each its own)")
+    for i, path in enumerate(paths):
+        if (RunDir(dirs[i]).final / "manifest.json").exists():
+            print(f"{dirs[i]}: finished before")
+        else:
+            stages.append(plan(path, overrides, dry_run, earlier=dirs[:i]))
+    job = None
+    for stage in [] if dry_run else stages:
+        job = _hand_over(stage, after=job)
+    if stages and not dry_run:
+        print("next: xc-slurm status --watch")
+    return EXIT_DONE
+
+
+def plan(path: str, overrides: Sequence[str], dry_run: bool, earlier: Sequence[str] = ()) -> Planned:
+    """Checks and renders a stage; writes nothing. A dry run also prints the script, before sbatch is asked.
+
+    Args:
+        path: the stage's YAML.
+        overrides: `key=value`.
+        dry_run: whether this is all.
+        earlier: run directories of stages that will be finished before this one begins.
+
+    Raises:
+        UserError: it cannot work, or sbatch would refuse it.
+    """
     config, settings = configure.load(path, overrides), slurm_config.load(path, list(overrides))
     place = Place(Path(config.run.dir).resolve(), Path.cwd(), sys.executable)
-    check(config, settings, place)
+    check(config, settings, place, earlier)
     cordoned = {entry["node"]: entry["reason"] for entry in jsonl.read(settings.cordon_file)}
     excluded = list(dict.fromkeys([*settings.exclude, *cordoned]))
     script = render(config.run.name, settings, place, excluded, evaluate=bool(config.evaluate.splits or config.evaluate.text))
@@ -47,18 +103,21 @@ def submit(path: str, overrides: Sequence[str], dry_run: bool) -> int:
     estimate = client.test_only(script)
     if dry_run:
         print(f"sbatch would take it: {estimate}", file=sys.stderr)
-        return 0
-    job_dir = JobDir(place.run)
-    job_dir.freeze(configure.to_yaml(config), script)
-    job_dir.run.stop_file.unlink(missing_ok=True)
-    job = client.submit(str(job_dir.script))
-    job_dir.write_job(job)
-    print(f"submitted job {job}: {config.run.name}, {settings.nodes} nodes, {settings.world} ranks")
-    print(f"next: xc-slurm status {config.run.dir} --watch")
-    return 0
+    return Planned(config, settings, script, JobDir(place.run))
 
 
-def check(config: Config, settings: SlurmConfig, place: Place) -> None:
+def _hand_over(stage: Planned, after: str | None = None) -> str:
+    """Freezes and submits a stage; returns its job."""
+    stage.job_dir.freeze(configure.to_yaml(stage.config), stage.script)
+    stage.job_dir.run.stop_file.unlink(missing_ok=True)
+    job = client.submit(str(stage.job_dir.script), after)
+    stage.job_dir.write_job(job)
+    waits = f", once job {after} has finished" if after else ""
+    print(f"submitted job {job}: {stage.config.run.name}, {stage.settings.nodes} nodes, {stage.settings.world} ranks{waits}")
+    return job
+
+
+def check(config: Config, settings: SlurmConfig, place: Place, earlier: Sequence[str] = ()) -> None:
     """What can be known of a job without asking the cluster.
 
     Raises:
@@ -87,8 +146,14 @@ def check(config: Config, settings: SlurmConfig, place: Place) -> None:
             raise UserError(f"data.sources.{name}: no source.json in {folder} (run xc-data index and xc-data merge, or mend the path)")
     if not (place.cwd / config.data.tokenizer / "tokenizer.json").exists():
         raise UserError(f"data.tokenizer: no tokenizer.json in {place.cwd / config.data.tokenizer} (mend the path)")
-    if config.run.init_from and not (place.cwd / config.run.init_from / "final" / "manifest.json").exists():
-        raise UserError(f"run.init_from: {config.run.init_from} is not finished (wait for its job, or mend the path)")
+    if (
+        config.run.init_from
+        and config.run.init_from not in earlier
+        and not (place.cwd / config.run.init_from / "final" / "manifest.json").exists()
+    ):
+        raise UserError(
+            f"run.init_from: {config.run.init_from} is not finished (wait for its job, submit both with xc-slurm chain, or mend the path)"
+        )
     if (place.run / "config.yaml").exists():
         key = configure.shaping_difference(config, configure.read_resolved(place.run))
         if key:
