@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["data_pipeline*", "train*", "slurm*", "compose*"]),
-    package_data={"train.report": ["*.html"], "data_pipeline.inspect": ["*.html"]},
+    package_data={"train.report": ["*.html"], "data_pipeline.inspect": ["*.html"], "slurm": ["*.j2"]},
     install_requires=[
         "deepspeed>=0.19,<0.20",
         "duckdb>=1.4,<2",
@@ -48,6 +48,7 @@ setup(
         "console_scripts": [
             "xc-data=data_pipeline.cli:main",
             "xc-train=train.cli:main",
+            "xc-slurm=slurm.cli:main",
         ]
     },
 )

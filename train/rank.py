@@ -37,7 +37,7 @@ def run_rank(run_dir: Path) -> int:
 
     import torch.distributed as dist
 
-    from train.device import choose
+    from train.device import choose, prepare_deepspeed
     from train.loop import train
     from train.ranks import join
     from train.tracking.terminal import Terminal
@@ -47,6 +47,7 @@ def run_rank(run_dir: Path) -> int:
     watchdog = Watchdog(config.watchdog, run, rank, int(os.environ.get("WORLD_SIZE", 1)))
     speaker = Terminal(config.run.name, os.fdopen(terminal, "w"))
     try:
+        prepare_deepspeed()  # nothing to do under `xc-train run`; srun and torchrun start ranks on machines that it never saw
         device = choose(config.train.precision, int(os.environ.get("LOCAL_RANK", 0)))
         ranks = join(device.backend)
         ending = train(config, run, ranks, device, speaker, watchdog)

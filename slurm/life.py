@@ -1,0 +1,127 @@
+"""What a job script asks between its steps: may a life begin, and what does its end call for? Runs on the first node, without torch.
+
+    python -m slurm.life begin RUN               exit 0: go on
+    python -m slurm.life preflight RUN REPORT    exit 0: go on; 10: requeue without the nodes on stdout; 70: stop
+    python -m slurm.life end RUN CODE            stdout: `requeue REASON` or `exit CODE`
+
+Invariant: a job is requeued at most `slurm.retries` times in a row without a new checkpoint between; what was counted lies in the run
+directory, so that a life whose node died counts as well.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from data_pipeline import jsonl
+from data_pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_NEEDS_PERSON, EXIT_TRY_AGAIN, EXIT_USER, UserError
+from slurm import config as slurm_config
+from slurm.config import SlurmConfig
+from slurm.job_dir import JobDir, newest_checkpoint
+from train.run_dir import read_json
+
+EXIT_NO_PROGRESS = 71
+"""The job stopped: life after life ended without a new checkpoint."""
+EXIT_EXCLUDE = 10
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    what, run, *rest = sys.argv[1:] if argv is None else argv
+    job_dir = JobDir(run)
+    job = os.environ["SLURM_JOB_ID"]
+    try:
+        settings = slurm_config.load(job_dir.run.config)
+        if what == "begin":
+            sys.exit(begin(job_dir, settings, job))
+        elif what == "preflight":
+            from slurm.preflight import judge_report
+
+            sys.exit(judge_report(job_dir, settings, job, Path(rest[0])))
+        else:
+            print(end(job_dir, settings, job, int(rest[0])))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER)
+
+
+def begin(job_dir: JobDir, settings: SlurmConfig, job: str) -> int:
+    """Notes that a life begins; returns 0, or the code that the job is to end with."""
+    run = job_dir.run
+    if run.stop_file.exists():
+        run.write_outcome(
+            EXIT_TRY_AGAIN, f"{run.stop_file} exists: the job ends before it trains; xc-slurm submit goes on", newest_checkpoint(run)
+        )
+        return EXIT_TRY_AGAIN
+    attempts = of_job(jsonl.read(job_dir.attempts), job)
+    newest = newest_checkpoint(run)
+    if attempts and stalled(attempts, newest) >= settings.retries:
+        return _give_up(job_dir, settings, "its nodes or its script ended without a word")
+    run.outcome.unlink(missing_ok=True)
+    nodes, restart = os.environ.get("SLURM_JOB_NODELIST", ""), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    _note(job_dir, "begin", job, checkpoint=newest, restart=restart, nodes=nodes, life=run.life())
+    return EXIT_DONE
+
+
+def end(job_dir: JobDir, settings: SlurmConfig, job: str, code: int) -> str:
+    """Notes that a life ended with srun's `code`; returns what is to be done.
+
+    Args:
+        job_dir: of the run.
+        settings: the `slurm` section.
+        job: Slurm's id.
+        code: how srun ended; the outcome that a rank wrote knows better.
+    """
+    run, newest = job_dir.run, newest_checkpoint(job_dir.run)
+    if (run.final / "manifest.json").exists():
+        outcome = {"code": EXIT_DONE, "reason": "done", "step": newest}
+    else:
+        outcome = run.read_outcome() or {"code": EXIT_CRASH, "reason": f"a rank was killed (srun ended with {code}; see {run.logs})"}
+        outcome.setdefault("step", int((read_json(run.heartbeat) or {}).get("step", 0)))
+        if outcome["code"] == EXIT_DONE:  # a rank that says done has written final weights
+            outcome = {**outcome, "code": EXIT_CRASH, "reason": "ranks ended before the final weights were written"}
+    attempts = of_job(jsonl.read(job_dir.attempts), job)
+    began = next((a for a in reversed(attempts) if a["event"] == "begin"), None)
+    with suppress(OSError):  # a full disk must not hide why the run ended
+        if run.read_outcome() is None:
+            run.write_outcome(outcome["code"], outcome["reason"], outcome["step"])
+        if began and run.life() > began["life"]:
+            run.end_life(outcome["code"], outcome["reason"], outcome["step"])
+        _note(job_dir, "end", job, checkpoint=newest, code=outcome["code"], reason=outcome["reason"])
+    if outcome["code"] in (EXIT_DONE, EXIT_USER, EXIT_NEEDS_PERSON):
+        return f"exit {outcome['code']}"
+    if run.stop_file.exists():
+        return f"exit {EXIT_TRY_AGAIN}"
+    if stalled(of_job(jsonl.read(job_dir.attempts), job), newest) >= settings.retries:
+        return f"exit {_give_up(job_dir, settings, outcome['reason'])}"
+    return f"requeue {outcome['reason']}"
+
+
+def of_job(attempts: Sequence[dict[str, Any]], job: str) -> list[dict[str, Any]]:
+    """The lines that one job left: a new submission counts anew."""
+    return [a for a in attempts if a["job"] == job]
+
+
+def stalled(attempts: Sequence[dict[str, Any]], newest: int) -> int:
+    """How many lives in a row, the newest last, began from the checkpoint that is still the newest."""
+    return sum(line["event"] == "begin" and line["checkpoint"] >= newest for line in attempts)
+
+
+def _give_up(job_dir: JobDir, settings: SlurmConfig, reason: str) -> int:
+    run, newest = job_dir.run, newest_checkpoint(job_dir.run)
+    why = f"{settings.retries} lives in a row ended without a checkpoint after step {newest}; the last one: {reason}"
+    cure = f"see xc-slurm logs {run.path}; mend the cause, then xc-slurm submit goes on"
+    run.write_outcome(EXIT_NO_PROGRESS, f"{why} ({cure})", newest)
+    print(f"error: {why} ({cure})", file=sys.stderr)
+    return EXIT_NO_PROGRESS
+
+
+def _note(job_dir: JobDir, event: str, job: str, **facts: Any) -> None:
+    jsonl.append(job_dir.attempts, [{"event": event, "job": job, "time": time.time(), **facts}])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""`xc-slurm submit`: refusals come before anything is written, and a job runs what was submitted, under the name that was given."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from slurm_runs import without_torch
+
+from data_pipeline.errors import EXIT_USER
+from slurm.cli import main
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("slurm.node=2", "did you mean nodes?"),
+        ("train.step=3", "did you mean steps?"),
+        ("slurm.nodes=0", "slurm.nodes"),
+        ("slurm.time=soon", "slurm.time"),
+        ("slurm.warn=5000", "slurm.warn"),
+        ("slurm.env={HF_TOKEN: x}", "slurm.env.HF_TOKEN"),
+        ("slurm.env={a b: x}", "slurm.env"),
+        ("slurm.sbatch=[rm]", "slurm.sbatch"),
+        ("run.dir=/dev/shm/run", "run.dir"),
+        ("run.init_from=/nowhere", "run.init_from"),
+        ("data.context=1", "data.context"),
+        ("data.tokenizer=/nowhere", "data.tokenizer"),
+        ("data.sources.pairs.path=/nowhere", "data.sources.pairs"),
+        ("slurm.gpus_per_node=9", "have 8"),
+        ("slurm.nodes=5", "sbatch refuses the job"),
+        ("slurm.partition=nowhere", "sbatch refuses the job"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line_with_its_cure_and_nothing_is_written(
+    cluster, slurm_stage, monkeypatch, capsys, override, says
+):
+    stage = slurm_stage()
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    with pytest.raises(SystemExit) as ended:
+        main(["submit", str(stage.config), override])
+    errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
+    assert ended.value.code == EXIT_USER
+    assert len(errors) == 1, errors
+    assert says in errors[0]
+    assert "(" in errors[0]
+    assert not stage.path.exists()
+
+
+def test_a_dry_run_prints_the_script_asks_sbatch_writes_nothing_and_needs_no_torch(cluster, slurm_stage, tmp_path):
+    stage = slurm_stage(
+        environment={**cluster.environment, **without_torch(tmp_path / "login"), "SLURM_CONF": cluster.environment["SLURM_CONF"]}
+    )
+    dry = stage.command("submit", str(stage.config), "data.global_batch=5", "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert dry.stdout.startswith("#!/bin/bash\n")
+    assert "sbatch would take it" in dry.stderr
+    assert "do not divide by 2 ranks" in dry.stderr
+    assert not stage.path.exists()
+    assert cluster.run("squeue", "--noheader") == ""
+
+
+def test_the_7b_job_on_16_nodes_of_8_gpus_is_only_refused_for_what_the_cluster_lacks(cluster, slurm_stage):
+    stage = slurm_stage(environment=cluster.environment, slurm={"gpus_per_node": 8, "cpus_per_rank": 14})
+    assert stage.command("submit", str(stage.config), "slurm.nodes=4", "--dry-run").returncode == 0
+
+
+def test_a_name_is_only_a_name_and_the_job_runs_the_code_and_config_that_were_submitted(cluster, slurm_stage, tmp_path):
+    name = "$(touch x); y \"z\" 'w' \\ #1 %j"
+    # The ranks' Python is a script that tells what it was given: no training is needed to see what a job runs.
+    probe = tmp_path / "probe's python"
+    probe.write_text(
+        f'#!/bin/bash\necho "$RANK/$WORLD_SIZE $LOCAL_RANK $MASTER_ADDR ${{PYTHONPATH%%:*}} $MARK $*" >>"{tmp_path}/told"\nexit 2\n'
+    )
+    probe.chmod(0o755)
+    mark = "`touch x`; $HOME 'q'"
+    stage = slurm_stage(
+        "run %j it's",
+        cluster.environment,
+        run={"name": name},
+        slurm={"python": str(probe), "env": {"MARK": mark}, "ranks_per_node": 2, "retries": 1},
+    )
+    job = stage.submit()
+    assert cluster.run("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%j") == name
+    again = stage.command("submit", str(stage.config))
+    assert again.returncode == EXIT_USER
+    assert "xc-slurm stop" in again.stderr
+    assert stage.wait_for_end(cluster, job, 30) == "FAILED"
+    told = sorted((tmp_path / "told").read_text().splitlines())
+    assert [line.split()[0] for line in told] == ["0/4", "1/4", "2/4", "3/4"]
+    assert [line.split()[1] for line in told] == ["0", "1", "0", "1"]
+    (first,) = {line.split()[2] for line in told}
+    assert first in cluster.run("scontrol", "show", "job", job)
+    assert all(line.endswith(f"{stage.path}/code {mark} -m train.rank {stage.path}") for line in told)
+    assert not list(tmp_path.rglob("x"))
+
+    assert yaml.safe_load(stage.run.config.read_text())["run"]["name"] == name
+    assert yaml.safe_load(stage.run.config.read_text())["slurm"]["env"] == {"MARK": mark}
+    code = stage.path / "code"
+    ran = subprocess.run(
+        [sys.executable, "-P", "-c", "import train, slurm; print(train.__path__)"],
+        env={"PYTHONPATH": str(code)},
+        text=True,
+        capture_output=True,
+    )
+    assert str(code) in ran.stdout
+    about = json.loads((code / "commit.json").read_text())
+    if shutil.which("git"):
+        head = subprocess.run(["git", "-C", about["from"], "rev-parse", "HEAD"], text=True, capture_output=True)
+        assert about["commit"] == (head.stdout.strip() or None)
+    assert subprocess.run(["bash", "-n", str(stage.path / "job.sbatch")]).returncode == 0
+
+
+def test_a_run_directory_of_another_config_is_refused(cluster, slurm_stage, tmp_path):
+    stage = slurm_stage(environment=cluster.environment, slurm={"python": "/bin/false", "retries": 1})
+    stage.wait_for_end(cluster, stage.submit(), 30)
+    refused = stage.command("submit", str(stage.config), "train.lr=0.5")
+    assert refused.returncode == EXIT_USER
+    assert "train.lr differs" in refused.stderr
