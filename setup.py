@@ -9,11 +9,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["data_pipeline*", "train*", "slurm*", "compose*"]),
-    package_data={"train.report": ["*.html"], "data_pipeline.inspect": ["*.html"], "slurm": ["*.j2"]},
+    package_data={"train.report": ["*.html"], "data_pipeline.inspect": ["*.html"], "slurm": ["*.j2"], "compose": ["*.html"]},
     install_requires=[
         "deepspeed>=0.19,<0.20",
         "duckdb>=1.4,<2",
         "jinja2>=3.1,<4",
+        "lancedb>=0.40,<0.41",  # collections of pictures, searched on disk
         "ninja>=1.11",  # DeepSpeed compiles its CPU communication kernel on first use
         "numpy>=1.26,<3",
         "obstore>=0.12,<0.13",  # http(s)://, s3:// and gs:// shards
@@ -30,6 +31,7 @@ setup(
         "torchvision>=0.25,<0.30",  # each release pins its torch; timm needs it
         "wandb>=0.20,<1",
         "webdataset>=1.0,<2",
+        "wordllama>=0.4,<0.5",  # sentence embeddings whose weights lie in the package
     ],
     extras_require={
         "gpu": ["flash-attn>=2.8,<3"],
@@ -46,6 +48,7 @@ setup(
     },
     entry_points={
         "console_scripts": [
+            "xc-compose=compose.cli:main",
             "xc-data=data_pipeline.cli:main",
             "xc-train=train.cli:main",
             "xc-slurm=slurm.cli:main",

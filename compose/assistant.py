@@ -1,0 +1,147 @@
+"""A trained model to talk to: turns of words and pictures in, an answer out.
+
+Invariant: what the model reads is what training shows it before an answer, token for token (data_pipeline/text/templates.py); a prompt
+that does not fit the length it was trained on is refused, never cut in silence.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from compose.pictures import Picture
+from data_pipeline.batch import Segment
+from data_pipeline.config import ImageConfig
+from data_pipeline.errors import UserError
+from data_pipeline.read.images import load_square
+from data_pipeline.samples import AnswerEndElement, Element, ImageElement, Role, TextElement, TurnElement
+from data_pipeline.text.templates import Bounds, Rendered, chat_format, render
+from data_pipeline.text.tokenizer import Tokenizer
+from train import configure
+from train.config import Stage
+from train.device import choose
+from train.generate import GREEDY, Sampling, generate, next_logits
+from train.model.xcomposer2 import XComposer2
+from train.run_dir import RunDir
+from train.weights import final
+
+Parts = Sequence[str | Picture]
+"""What one turn says, in order."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Who speaks, and what."""
+
+    role: Role
+    parts: Parts
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer."""
+
+    text: str
+    whole: bool
+    """The model ended it; otherwise the limit on its length did."""
+
+
+LEAST_ROOM = 8
+"""Tokens that must be left for an answer."""
+
+
+class Assistant:
+    """A model, its tokenizer and its image policy."""
+
+    def __init__(self, model: XComposer2, tokenizer: Tokenizer, images: ImageConfig, context: int, stage: Stage, weights: str) -> None:
+        """`context` is the longest text that the model was trained on, in tokens; `weights` the digest of its weights."""
+        self.model, self.tokenizer, self.images = model.eval(), tokenizer, images
+        self.context, self.stage, self.weights = context, stage, weights
+        ends = tokenizer.encode_template(chat_format(tokenizer).end_answer)
+        self._stop = ends if len(ends) == 1 else []
+
+    def answer(self, turns: Sequence[Turn], max_tokens: int, sampling: Sampling = GREEDY) -> Said:
+        """What the model says next; the last turn is a user's.
+
+        It is no longer than `max_tokens`, nor than the context leaves room for.
+
+        Raises:
+            UserError: the turns leave no room for an answer, or the model never saw a picture.
+        """
+        prompt = self._prompt(turns)
+        length = len(prompt.rendered.ids)
+        room = self.context - length
+        if room < LEAST_ROOM:
+            raise UserError(f"{length} tokens of prompt are too many for a model that was trained on {self.context} (shorten it)")
+        max_tokens = min(max_tokens, room)
+        answer = generate(self.model, [prompt], self.tokenizer, max_tokens, self._stop, sampling)[0]
+        return Said(self.tokenizer.decode(answer.ids).strip(), answer.stopped)
+
+    def likeliest(self, turns: Sequence[Turn], options: Sequence[str]) -> int:
+        """Which of the options' first tokens the model would rather begin its answer with."""
+        logits = next_logits(self.model, [self._prompt(turns)], self.tokenizer)[0]
+        return max(range(len(options)), key=lambda i: float(logits[self.tokenizer.encode(options[i])[0]]))
+
+    def length(self, turns: Sequence[Turn]) -> int:
+        """Tokens of a prompt, pictures included."""
+        return len(self._render(_elements(turns)).ids)
+
+    def require_sight(self) -> None:
+        """Refuses a model that was trained on text alone.
+
+        Raises:
+            UserError: it was.
+        """
+        if self.stage is Stage.language:
+            raise UserError("this is a checkpoint of stage language, which has seen no picture (take one of pretrain, sft or compose)")
+
+    def _prompt(self, turns: Sequence[Turn]) -> Segment:
+        pictures = [part for turn in turns for part in turn.parts if isinstance(part, Picture)]
+        if pictures:
+            self.require_sight()
+        return Segment(self._render(_elements(turns)), tuple(load_square(p.data, self.images, None) for p in pictures), 0, 0)
+
+    def _render(self, elements: Sequence[Element]) -> Rendered:
+        return render(elements, Bounds(0, 0, len(elements), 0, last=False), self.tokenizer, self.images.tokens)
+
+
+def ask(*parts: str | Picture) -> list[Turn]:
+    """A conversation of one question."""
+    return [Turn(Role.user, parts)]
+
+
+def load(checkpoint: Path) -> Assistant:
+    """The final weights of a run, on the device and in the number format that its config means here.
+
+    Raises:
+        UserError: no run directory, or an unfinished one.
+    """
+    run = RunDir(checkpoint.parent if checkpoint.name == RunDir(checkpoint).final.name else checkpoint)
+    config = configure.read_resolved(run.path)
+    weights = final.digest(run.path)
+    device = choose(config.train.precision, 0)
+    model = XComposer2(config.model, config.data.images.size, config.data.images.tokens)
+    final.load_into(model, run.path)
+    tokenizer = Tokenizer(config.data.tokenizer)
+    model = model.to(device.torch_device, device.dtype)
+    return Assistant(model, tokenizer, config.data.images, config.data.context, config.run.stage, weights)
+
+
+def _elements(turns: Sequence[Turn]) -> list[Element]:
+    """The turns as a sample's elements, up to where the assistant would begin to speak."""
+    elements: list[Element] = []
+    before: Role | None = None
+    for turn in turns:
+        elements.append(TurnElement(before, turn.role))
+        for number, part in enumerate(turn.parts):
+            if isinstance(part, Picture):
+                elements.append(ImageElement(part.data))
+                continue
+            first, last = number == 0, number == len(turn.parts) - 1
+            text = part.lstrip() if first else part
+            text = text.rstrip() if last else text
+            if text:
+                elements.append(TextElement(text))
+        if turn.role is Role.assistant:
+            elements.append(AnswerEndElement(last=False))
+        before = turn.role
+    return [*elements, TurnElement(before, Role.assistant)]

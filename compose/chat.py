@@ -1,0 +1,94 @@
+"""A conversation in the terminal: a line is a turn, and the path of a picture in it stands for the picture.
+
+Invariant: a mistake in a line costs that line, never the conversation.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from compose import pictures
+from compose.assistant import Assistant, Parts, Turn
+from data_pipeline.errors import UserError
+from data_pipeline.samples import Role
+from train.generate import Sampling
+
+_ENDING = rf"(?:{'|'.join(re.escape(e) for e in pictures.EXTENSIONS)})"
+_PATH = re.compile(rf"""(?P<quote>["'])(?P<quoted>.+?{_ENDING})(?P=quote)|(?P<plain>\S+?{_ENDING})(?!\w)""", re.I)
+
+WELCOME = "Paths of pictures in a line are pictures (quote a path with blanks). /new forgets what was said; Ctrl-D ends."
+
+
+def parts(line: str) -> Parts:
+    """The words and pictures of a line, in order.
+
+    Raises:
+        UserError: a path that leads to no picture.
+    """
+    return list(_parts(line))
+
+
+def _parts(line: str) -> Iterator[str | pictures.Picture]:
+    begin = 0
+    for found in _PATH.finditer(line):
+        if line[begin : found.start()].strip():
+            yield line[begin : found.start()]
+        yield pictures.read([Path(found["quoted"] or found["plain"]).expanduser()])[0]
+        begin = found.end()
+    if line[begin:].strip():
+        yield line[begin:]
+
+
+class Chat:
+    """What was said so far."""
+
+    def __init__(self, assistant: Assistant, max_tokens: int, sampling: Sampling) -> None:
+        self.assistant, self.max_tokens, self.sampling = assistant, max_tokens, sampling
+        self.turns: list[Turn] = []
+
+    def say(self, line: str) -> tuple[str, str]:
+        """The answer to a line, and a remark about it, empty as a rule.
+
+        Raises:
+            UserError: as `parts` and `Assistant.answer` do; nothing was said then.
+        """
+        turns = [*self.turns, Turn(Role.user, parts(line))]
+        reserved = min(self.max_tokens, self.assistant.context // 2)
+        while len(turns) > 1 and self.assistant.length(turns) + reserved > self.assistant.context:
+            turns = turns[2:]
+        said = self.assistant.answer(turns, self.max_tokens, self.sampling)
+        forgotten = (len(self.turns) + 1 - len(turns)) // 2
+        self.turns = [*turns, Turn(Role.assistant, [said.text])]
+        remarks = [] if said.whole else ["cut off at the limit of its length"]
+        remarks += [f"{forgotten} earlier turns no longer fit and were forgotten"] if forgotten else []
+        return said.text, "; ".join(remarks)
+
+
+def ask_once(chat: Chat, line: str) -> None:
+    """One question; the answer goes to stdout, remarks to stderr."""
+    answer, remark = chat.say(line)
+    print(answer)
+    if remark:
+        print(f"({remark})", file=sys.stderr)
+
+
+def converse(chat: Chat) -> None:
+    """Until the end of input."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        import readline  # noqa: F401  input() then edits and remembers lines
+
+        print(WELCOME, file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if interactive else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if line == "/new":
+            chat.turns = []
+        elif line:
+            try:
+                ask_once(chat, line)
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)

@@ -1,0 +1,156 @@
+"""`xc-compose`: talk to a trained model, collect pictures, and have it write articles with them.
+
+Invariant: everything that can be refused is refused before a model is loaded, in one line, with exit code 2.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_pipeline.cli import command_line
+from data_pipeline.errors import EXIT_DONE, UserError
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    args = _parser().parse_args(argv)
+    sys.exit(command_line(lambda: args.run(args)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="xc-compose",
+        description="Talk to a trained model about pictures, and have it write articles with pictures out of a collection.",
+        epilog="After make demo: xc-compose chat runs/demo/sft --ask 'what is this? apple.png'",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    chat = commands.add_parser("chat", help="talk to a model in the terminal", description=_CHAT)
+    _add_checkpoint(chat)
+    chat.add_argument("--ask", metavar="LINE", help="ask this, print the answer, and end")
+    _add_sampling(chat, max_tokens=256, temperature=0.0)
+    chat.set_defaults(run=_chat)
+
+    collection = commands.add_parser("collection", help="make a collection of pictures for articles", description=_COLLECTION)
+    actions = collection.add_subparsers(required=True, metavar="ACTION")
+    build = actions.add_parser("build", help="collect the pictures of a folder or of a source of pairs", description=_COLLECTION)
+    build.add_argument("origin", type=Path, metavar="FOLDER|SOURCE", help="a folder with pictures, or an indexed source of pairs")
+    build.add_argument("-o", "--output", type=Path, required=True, metavar="C", help="the collection, a folder; must not exist")
+    build.set_defaults(run=_build)
+
+    article = commands.add_parser("article", help="write an article with pictures", description=_ARTICLE)
+    _add_checkpoint(article)
+    article.add_argument("--instruction", required=True, metavar="TEXT", help="what to write about, and how")
+    article.add_argument("--images", nargs="+", default=[], metavar="FILE", help="pictures that the model sees while it writes")
+    article.add_argument("--collection", type=Path, metavar="C", help="where its pictures come from; --images themselves by default")
+    article.add_argument("--pictures", type=_positive, default=3, metavar="N", help="pictures at most (default %(default)s)")
+    article.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.html", help="the page; FILE.json goes beside it")
+    _add_sampling(article, max_tokens=768, temperature=0.7)
+    article.set_defaults(run=_article)
+    return parser
+
+
+_COLLECTION = """Captions are embedded (WordLlama: averaged word vectors, English mainly, from its package, nothing is downloaded) and kept
+in a LanceDB table on disk, which is searched from disk. The pictures stay where they are. A source's captions are its texts; a file's is
+the text of the .txt beside it, or else what its name says."""
+_ARTICLE = """The paper's five steps: the model writes, chooses lines that a picture fits, writes a caption for each, is shown four
+pictures that the captions find, and chooses. FILE.json keeps every question, its answer, and what was done where an answer did not fit.
+Needs a model that was trained to follow instructions: stage sft or compose."""
+_CHAT = """A line is a turn; the path of a picture in it (jpg, png, webp; quoted if it has blanks) stands for the picture.
+The conversation is laid out as in the training data, with the turn tokens that the model's vocabulary has. Without a terminal, lines are
+read from standard input. /new forgets what was said."""
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a finished run directory, as xc-train leaves it")
+
+
+def _add_sampling(parser: argparse.ArgumentParser, max_tokens: int, temperature: float) -> None:
+    parser.add_argument("--max-tokens", type=_positive, default=max_tokens, metavar="N", help="longest answer (default %(default)s)")
+    parser.add_argument(
+        "--temperature", type=_share, default=temperature, metavar="X", help="0 = always the likeliest word (default %(default)s)"
+    )
+    parser.add_argument(
+        "--top-p", type=_share, default=0.95, metavar="X", help="share of the likeliest words that are drawn from (default %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of what is drawn (default %(default)s)")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 on")
+    return value
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from compose import assistant, chat
+    from train.generate import Sampling
+
+    if args.ask is not None:
+        if not args.ask.strip():
+            raise UserError("--ask is empty (ask something)")
+        chat.parts(args.ask)  # a missing picture is found before the weights are read
+    sampling = Sampling(args.temperature, args.top_p, args.seed)
+    conversation = chat.Chat(assistant.load(args.checkpoint), args.max_tokens, sampling)
+    if args.ask is not None:
+        chat.ask_once(conversation, args.ask)
+    else:
+        chat.converse(conversation)
+    return EXIT_DONE
+
+
+def _build(args: argparse.Namespace) -> int:
+    from compose import collection
+
+    built = collection.build(args.origin, args.output)
+    left_out = f", {built.unreadable} unreadable ones left out" if built.unreadable else ""
+    print(f"{args.output}: {built.pictures} pictures{left_out}")
+    return EXIT_DONE
+
+
+def _article(args: argparse.Namespace) -> int:
+    from compose import assistant, collection, pictures
+    from compose.article import CANDIDATES, compose
+    from compose.page import check_output, write
+    from train.generate import Sampling
+
+    if not args.instruction.strip():
+        raise UserError("--instruction is empty (say what to write about)")
+    record = check_output(args.output)
+    references = pictures.read(args.images)
+    find = None
+    if args.collection:
+        found = collection.Collection(args.collection)
+        find = lambda text, used: found.retrieve(text, CANDIDATES, used)  # noqa: E731
+    elif references:
+        find = collection.among(references, CANDIDATES)
+    writer = assistant.load(args.checkpoint)
+    if find is not None:
+        writer.require_sight()
+    most = args.pictures if args.collection else min(args.pictures, len(references))
+    sampling = Sampling(args.temperature, args.top_p, args.seed)
+    article = compose(writer, args.instruction, references, find, most, args.max_tokens, sampling)
+    facts = {"checkpoint": str(args.checkpoint), "weights": writer.weights, "stage": writer.stage.value}
+    facts |= {"collection": str(args.collection) if args.collection else None, "images": args.images}
+    facts |= {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+    write(article, facts, args.output, record)
+    replaced = sum(step.fallback is not None for step in article.steps)
+    print(f"{len(article.lines)} paragraphs, {len(article.pictures)} pictures; {replaced} of {len(article.steps)} steps carry a remark")
+    print(f"steps: {record}")
+    print(f"open {args.output.resolve()}")
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    main()

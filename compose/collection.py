@@ -1,0 +1,202 @@
+"""A collection: pictures that an article may use, found by their captions. A LanceDB table on disk, searched from disk.
+
+    C/collection.json     what it was made of, and by which embedder
+    C/pictures.lance/     a row a picture: caption, its vector, and where the picture lies
+
+Invariant: a collection appears whole or not at all; pictures stay where they are and are read when they are chosen.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+import lancedb
+import pyarrow as pa
+
+from compose import embed
+from compose.pictures import EXTENSIONS, Picture
+from data_pipeline.errors import UserError
+from data_pipeline.read.storage import ShardReader
+from data_pipeline.samples import BadSample, ImageElement, Kind, TextElement, image_size, parse
+from data_pipeline.shards.source import ShardSource
+from data_pipeline.shards.tar import read_members
+from train.run_dir import write_json
+
+FACTS = "collection.json"
+TABLE = "pictures"
+BATCH = 1024
+INDEX_FROM = 20_000
+"""Pictures from which on an inverted-file index is built; fewer are compared one by one, exactly, within milliseconds."""
+PROBES = 32
+"""Lists of that index that a search reads."""
+NO_ROW = -1
+SCHEMA = pa.schema(
+    [
+        ("name", pa.string()),
+        ("caption", pa.string()),
+        ("place", pa.string()),  # a picture file, or the folder of a source
+        ("row", pa.int64()),  # row of the source; NO_ROW for a file
+        ("vector", pa.list_(pa.float32(), embed.WIDTH)),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A picture's row, without its vector."""
+
+    name: str
+    caption: str
+    place: str
+    row: int
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build found."""
+
+    pictures: int
+    unreadable: int
+
+
+def build(origin: Path, output: Path) -> Built:
+    """Collects the pictures below a folder, or those of an indexed source of pairs.
+
+    A source's captions are its texts. A file's is the text of the `.txt` beside it, or else what its name says.
+
+    Raises:
+        UserError: nothing to collect there, or `output` exists.
+    """
+    if output.exists():
+        raise UserError(f"{output.absolute()} exists (choose another -o, or remove it)")
+    damaged: list[str] = []
+    batches = _batches(_of_source(origin, damaged) if any(origin.glob("*.tar")) else _of_folder(origin, damaged))
+    first = next(batches, None)
+    if first is None:
+        kinds = ", ".join(e[1:] for e in EXTENSIONS)
+        raise UserError(f"no picture in {origin.absolute()} (give a folder with {kinds}, or a source of pairs)")
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        table = lancedb.connect(partial).create_table(TABLE, data=chain([first], batches), schema=SCHEMA)
+        count = table.count_rows()
+        if count >= INDEX_FROM:
+            table.create_index(metric="cosine", vector_column_name="vector", index_type="IVF_FLAT")
+        write_json(partial / FACTS, {"of": str(origin.absolute()), "embedder": embed.NAME, "pictures": count, "unreadable": len(damaged)})
+        partial.rename(output)
+    except OSError as error:
+        raise UserError(f"cannot write {output.absolute()}: {error.strerror} (choose another -o)") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Built(count, len(damaged))
+
+
+class Collection:
+    """A collection to search."""
+
+    def __init__(self, folder: Path) -> None:
+        """Opens it.
+
+        Raises:
+            UserError: no collection, or one of another embedder.
+        """
+        try:
+            facts = json.loads((folder / FACTS).read_bytes())
+        except (OSError, ValueError):
+            raise UserError(f"{folder.absolute()} is no collection (make one: xc-compose collection build FOLDER -o C)") from None
+        if facts.get("embedder") != embed.NAME:
+            raise UserError(f"{folder.absolute()} was embedded by {facts.get('embedder')}, not {embed.NAME} (build it anew)")
+        self.size: int = facts["pictures"]
+        self._table = lancedb.connect(folder).open_table(TABLE)
+        self._sources: dict[str, ShardSource] = {}
+        self._reader = ShardReader()
+
+    def search(self, text: str, count: int) -> list[Entry]:
+        """The pictures whose captions are nearest to a text, nearest first."""
+        query = self._table.search(embed.embed([text])[0], vector_column_name="vector").distance_type("cosine").nprobes(PROBES)
+        found = query.select(["name", "caption", "place", "row", "_distance"]).limit(count).to_list()
+        return [Entry(f["name"], f["caption"], f["place"], f["row"]) for f in found]
+
+    def retrieve(self, text: str, count: int, without: set[str]) -> list[Picture]:
+        """As `search`, with the pictures themselves: no picture twice, none of the digests `without`, none that is gone."""
+        wanted = count + len(without)
+        chosen: dict[str, Picture] = {}
+        for entry in self.search(text, 3 * wanted):  # the same picture may stand under several captions
+            picture = self._read(entry)
+            if picture and picture.digest not in without:
+                chosen.setdefault(picture.digest, picture)
+            if len(chosen) == count:
+                break
+        return list(chosen.values())
+
+    def _read(self, entry: Entry) -> Picture | None:
+        try:
+            data = Path(entry.place).read_bytes() if entry.row == NO_ROW else self._from_source(entry)
+            image_size(data)
+        except (OSError, BadSample):
+            return None
+        return Picture(entry.name, data, entry.caption)
+
+    def _from_source(self, entry: Entry) -> bytes:
+        if entry.place not in self._sources:
+            self._sources[entry.place] = ShardSource(Path(entry.place).name, entry.place)
+        elements = parse(Kind.pair, read_members(self._reader.read(self._sources[entry.place].locate(entry.row))))
+        return next(e.data for e in elements if isinstance(e, ImageElement))
+
+
+def among(pictures: Sequence[Picture], count: int) -> Callable[[str, set[str]], list[Picture]]:
+    """Searches a few given pictures by what their file names say; at most `count`, none of the digests given."""
+    vectors = embed.embed([_words_of(Path(p.name).stem) for p in pictures])
+
+    def find(text: str, without: set[str]) -> list[Picture]:
+        order = (-(vectors @ embed.embed([text])[0])).argsort(kind="stable")
+        return [pictures[i] for i in order if pictures[i].digest not in without][:count]
+
+    return find
+
+
+def _of_folder(folder: Path, damaged: list[str]) -> Iterator[Entry]:
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder.absolute()} (give a folder with pictures, or an indexed source)")
+    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file()):
+        try:
+            image_size(path.read_bytes())
+        except (OSError, BadSample):
+            damaged.append(str(path))
+            continue
+        beside = path.with_suffix(".txt")
+        text = beside.read_text(encoding="utf-8", errors="replace").strip() if beside.is_file() else ""
+        yield Entry(path.name, text or _words_of(path.stem), str(path.absolute()), NO_ROW)
+
+
+def _of_source(folder: Path, damaged: list[str]) -> Iterator[Entry]:
+    source = ShardSource(folder.name, folder)
+    if source.kind is not Kind.pair:
+        raise UserError(f"{folder.absolute()} is a source of kind {source.kind.value}, whose pictures have no captions (give one of pairs)")
+    reader = ShardReader()
+    names = iter(source.keys())
+    for row, name in enumerate(names):
+        try:
+            elements = parse(Kind.pair, read_members(reader.read(source.locate(row))))
+        except BadSample:
+            damaged.append(name)
+            continue
+        caption = next(e.text for e in elements if isinstance(e, TextElement))
+        yield Entry(name, caption, str(folder.absolute()), row)
+
+
+def _words_of(stem: str) -> str:
+    """What a file name says: `Red-apple_2` is "Red apple 2"."""
+    return re.sub(r"[\s_\-.+]+", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", stem)).strip() or stem
+
+
+def _batches(entries: Iterator[Entry]) -> Iterator[pa.RecordBatch]:
+    while part := list(islice(entries, BATCH)):
+        vectors = pa.array(embed.embed([e.caption for e in part]).ravel())
+        columns = [[e.name for e in part], [e.caption for e in part], [e.place for e in part], [e.row for e in part]]
+        arrays = [pa.array(values, kind.type) for values, kind in zip(columns, SCHEMA, strict=False)]
+        yield pa.RecordBatch.from_arrays([*arrays, pa.FixedSizeListArray.from_arrays(vectors, embed.WIDTH)], schema=SCHEMA)

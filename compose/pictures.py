@@ -1,0 +1,64 @@
+"""Pictures as this room passes them on: encoded bytes with a name and, where there is one, a caption.
+
+Invariant: a picture that is here decodes; a file that does not is refused in one line, before a model is loaded.
+"""
+
+import base64
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.errors import UserError
+from data_pipeline.read.images import decode
+from data_pipeline.samples import BadSample
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+JPEG_QUALITY = 88
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One encoded image."""
+
+    name: str
+    """File name, or key of the sample; for people."""
+    data: bytes
+    caption: str | None = None
+    """What is known about it: its text in a collection."""
+
+    @property
+    def digest(self) -> str:
+        """The same bytes under two names are one picture."""
+        return hashlib.sha256(self.data).hexdigest()
+
+
+def read(paths: Sequence[str | Path]) -> list[Picture]:
+    """Pictures from files.
+
+    Raises:
+        UserError: one is missing, or does not decode.
+    """
+    return [_read(Path(path)) for path in paths]
+
+
+def _read(path: Path) -> Picture:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"no picture at {path.absolute()}: {error.strerror} (check the path)") from None
+    try:
+        decode(data)
+    except BadSample:
+        raise UserError(f"{path.absolute()} does not decode as a picture (give a whole {', '.join(e[1:] for e in EXTENSIONS)})") from None
+    return Picture(path.name, data)
+
+
+def data_uri(picture: Picture, side: int) -> str:
+    """The picture as a page holds it: upright, on white, no side longer than `side` pixels."""
+    image = decode(picture.data)
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,120 @@
+"""Chat reads paths as pictures, lays a conversation out as training does, and refuses in one line."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from finished_run import write_run
+from PIL import Image
+
+from compose import chat
+from compose.assistant import Assistant, Turn, _elements, load
+from compose.cli import main
+from compose.pictures import Picture
+from data_pipeline.errors import UserError
+from data_pipeline.samples import Kind, Role, parse
+from data_pipeline.text.templates import render, whole
+from train.generate import GREEDY
+
+
+@pytest.fixture(scope="module")
+def assistant(run_dir) -> Assistant:
+    return load(run_dir)
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    path = tmp_path / "a red apple.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(path)
+    return path
+
+
+def test_a_prompt_is_what_training_shows_before_the_answer(assistant, picture):
+    data = picture.read_bytes()
+    spoken = [("user", "look: <ImageHere> what is it?"), ("assistant", "red apple"), ("user", "and <ImageHere><ImageHere>")]
+    sample = {"conversations": [{"from": who, "value": text} for who, text in [*spoken, ("assistant", "parrot")]]}
+    members = {"json": json.dumps(sample).encode(), "0.png": data, "1.png": data, "2.png": data}
+    elements = parse(Kind.conversation, members)
+    trained = render(elements, whole(elements), assistant.tokenizer, 1)
+    p = Picture("p", data)
+    turns = [
+        Turn(Role.user, ["look: ", p, " what is it?"]),
+        Turn(Role.assistant, ["red apple"]),
+        Turn(Role.user, ["and ", p, p]),
+    ]
+    prompt = assistant._render(_elements(turns))
+    length = len(prompt.ids)
+    assert prompt.ids.tolist() == trained.ids[:length].tolist()
+    assert prompt.image_positions.tolist() == trained.image_positions.tolist()
+    assert trained.supervised[length:].all(), "what follows is the answer and its end"
+
+
+def test_paths_in_a_line_are_pictures_in_their_places(picture, tmp_path):
+    plain = tmp_path / "B.JPG"
+    Image.new("RGB", (8, 8)).save(plain)
+    parts = chat.parts(f'first "{picture}" then {plain}? see a.txt and page.pngs')
+    assert [p if isinstance(p, str) else p.name for p in parts] == ["first ", picture.name, " then ", "B.JPG", "? see a.txt and page.pngs"]
+    with pytest.raises(UserError, match=r"no picture at .*/gone\.webp: No such file or directory \(check the path\)"):
+        chat.parts("what is gone.webp")
+    (tmp_path / "broken.png").write_bytes(plain.read_bytes()[:40])
+    with pytest.raises(UserError, match="does not decode as a picture"):
+        chat.parts(f"what is {tmp_path}/broken.png")
+
+
+def test_ask_prints_the_same_answer_every_time_and_another_for_another_picture(run_dir, picture, capsys):
+    def ask(line: str, *options: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(["chat", str(run_dir), "--ask", line, "--max-tokens", "12", *options])
+        assert not ended.value.code
+        return capsys.readouterr().out
+
+    first = ask(f"what is '{picture}'")
+    assert first == ask(f"what is '{picture}'")
+    Image.new("RGB", (8, 8), "white").save(picture)
+    assert ask(f"what is '{picture}'") != first
+    drawn = [ask("hello", "--temperature", "3", "--seed", str(seed)) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_what_no_longer_fits_is_forgotten_turn_by_turn_and_said(assistant):
+    conversation = chat.Chat(assistant, 40, GREEDY)
+    for _ in range(3):
+        _, remark = conversation.say("red apple " * 100)
+    assert "earlier turns no longer fit" in remark
+    assert conversation.turns[0].role is Role.user
+    said = list(conversation.turns)
+    with pytest.raises(UserError, match="too many for a model that was trained on 512"):
+        conversation.say("word " * 20_000)
+    assert conversation.turns == said, "a refused line was not said"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("  ", r"--ask is empty \(ask something\)"),
+        ("what is gone.png", r"no picture at .*gone\.png: No such file or directory \(check the path\)"),
+        ("apple " * 17_000, r"\d+ tokens of prompt are too many for a model that was trained on 512 \(shorten it\)"),
+    ],
+)
+def test_a_line_that_cannot_be_asked_is_refused_in_one_line(run_dir, capsys, line, message):
+    with pytest.raises(SystemExit) as ended:
+        main(["chat", str(run_dir), "--ask", line])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert re.fullmatch(f"error: {message}\n", error), error
+
+
+def test_a_checkpoint_that_cannot_be_used_is_refused_in_one_line(demo, tmp_path, picture, capsys):
+    def refused(folder: Path, line: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(["chat", str(folder), "--ask", line])
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    assert "is no run directory" in refused(tmp_path, "hello")
+    language = write_run(demo, tmp_path / "language", "language")
+    assert "stage language, which has seen no picture" in refused(language, f"'{picture}'")
+    (language / "final" / "manifest.json").unlink()
+    assert "has no final weights" in refused(language, "hello")

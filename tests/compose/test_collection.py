@@ -1,0 +1,80 @@
+"""A collection finds pictures by their captions, reads them where they lie, and appears whole or not at all."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from compose.cli import main
+from compose.collection import FACTS, Collection, among, build
+from compose.pictures import Picture
+from data_pipeline.errors import UserError
+
+
+def picture(path: Path, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (9, 9, 3), np.uint8)).save(path)
+    return path
+
+
+def test_pictures_of_a_source_are_found_by_their_captions(demo, collection):
+    found = Collection(collection)
+    keys = found._sources
+    entries = found.search("the sun is shining", 200)
+    assert found.size == len(entries) == 200
+    assert "sun" in " ".join(e.caption for e in entries[:3])
+    own = [found.search(e.caption, 3) for e in entries[:40]]
+    assert all(e.caption in [o.caption for o in near] for e, near in zip(entries[:40], own, strict=True))
+    four = found.retrieve(entries[5].caption, 4, set())
+    assert len({p.digest for p in four}) == 4
+    others = found.retrieve(entries[5].caption, 4, {four[0].digest})
+    assert four[0].digest not in {p.digest for p in others}
+    assert [p.digest for p in others[:3]] == [p.digest for p in four[1:]]
+    assert list(keys) == [str(demo.source("heldout/unseen_picture/test"))], "read out of the source's own shards"
+
+
+def test_a_folder_gives_captions_beside_pictures_and_out_of_names(tmp_path):
+    folder = tmp_path / "pictures"
+    picture(folder / "old_red-barn2.png", 1)
+    picture(folder / "deep" / "IMG_1.JPG", 2).with_suffix(".txt").write_text("A sailing boat on a lake\n")
+    picture(folder / "copyOfBarn.webp", 3)
+    picture(folder / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    built = build(folder, tmp_path / "c")
+    assert (built.pictures, built.unreadable) == (3, 1)
+    found = Collection(tmp_path / "c")
+    assert {e.caption for e in found.search("x", 9)} == {"old red barn2", "A sailing boat on a lake", "copy Of Barn"}
+    assert found.retrieve("ship at sea", 1, set())[0].caption == "A sailing boat on a lake"
+    (folder / "deep" / "IMG_1.JPG").unlink()
+    assert len(found.retrieve("ship at sea", 4, set())) == 2, "a picture that is gone is passed over"
+
+
+def test_what_is_no_collection_or_gives_none_is_refused_and_leaves_nothing(demo, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+
+    def refused(origin: Path, output: Path) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(["collection", "build", str(origin), "-o", str(output)])
+        assert ended.value.code == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    assert "no picture in" in refused(tmp_path / "empty", tmp_path / "c")
+    assert "no folder" in refused(tmp_path / "gone", tmp_path / "c")
+    assert "source of kind document" in refused(demo.source("documents"), tmp_path / "c")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty"]
+    assert "exists" in refused(demo.source("pairs"), tmp_path / "empty")
+    with pytest.raises(UserError, match="is no collection"):
+        Collection(tmp_path / "empty")
+    (tmp_path / "empty" / FACTS).write_text(json.dumps({"embedder": "another", "pictures": 1}))
+    with pytest.raises(UserError, match="was embedded by another"):
+        Collection(tmp_path / "empty")
+
+
+def test_given_pictures_are_ranked_by_their_names(tmp_path):
+    given = [Picture(name, name.encode()) for name in ("IMG_1.png", "church-tower.jpg", "fishing_boat.jpg")]
+    find = among(given, 2)
+    assert find("a ship in the harbour", set())[0].name == "fishing_boat.jpg"
+    assert given[2] not in find("a ship in the harbour", {given[2].digest})
