@@ -35,6 +35,7 @@ class Demo:
         return Path(shutil.copytree(self.root / name, to))
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For `make test`, which runs two tests at a time: those that start ranks come first, one after the other; the rest file by file."""
     for item in items:
