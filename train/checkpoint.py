@@ -113,10 +113,13 @@ class Writer:
 
     def _write(self, files: Files, partial: Path, name: str, state: TrainState) -> None:
         ranks = self._ranks.in_background()
-        problems = ranks.gather(self._trying(name, partial, lambda: _write_files(files)))
-        if not any(problems) and ranks.rank == 0:
-            problems.append(self._trying(name, partial, lambda: _publish(self._run, partial, name, state, self._config)))
-        self._problem = ranks.share(next((p for p in problems if p), None))
+        try:
+            problems = ranks.gather(self._trying(name, partial, lambda: _write_files(files)))
+            if not any(problems) and ranks.rank == 0:
+                problems.append(self._trying(name, partial, lambda: _publish(self._run, partial, name, state, self._config)))
+            self._problem = ranks.share(next((p for p in problems if p), None))
+        except RuntimeError as error:  # another rank is gone
+            self._problem = f"{_CRASH}{name}: {error!r}"
 
     def _trying(self, name: str, partial: Path, work: Callable[[], None]) -> str | None:
         """What hindered the work, in a line for the user."""

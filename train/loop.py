@@ -162,14 +162,15 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
         stopwatch.lap("optimizer")
         profiling.after(state.step + 1)
 
-        guard.after(step, began, bool(skipped), engine.grad_norm(), data.sources)
+        grad_norm = engine.grad_norm()
+        guard.after(step, began, bool(skipped), grad_norm, data.sources)
         ledger.write(step.step, step.bad)
         totals = Counter(budget.charged(state.totals, budgets, charges))
         seconds = time.monotonic() - asked
-        totals.update({**counts._asdict(), "skipped": skipped, "step_ms": round(seconds * 1000)})
+        totals.update({**counts._asdict(), "skipped": skipped, "step_ms": 0 if skipped else round(seconds * 1000)})
         state = replace(state, step=step.step + 1, cursor=(step.cursor.window, step.cursor.pack), progress=progress, totals=dict(totals))
         state = replace(state, drawn=data.plan.drawn(step.cursor))
-        host = figures.of_step(counts, state, seconds, got - asked, lr, engine.grad_norm(), began)
+        host = figures.of_step(counts, state, seconds, got - asked, lr, grad_norm, began)
         if validation.due(state.step):
             watchdog.beat(state.step, "checkpoint")
             host |= validation.measure()
