@@ -85,7 +85,8 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
     data, saved, change = _open_data(config, checkpoint.read_state(folder) if folder else None)
     model = build_model(config, device)
     trained, frozen = optim.resolve(model, config.train)
-    engine = Engine(config, model, optim.adamw(trained, config.train), ranks, device.dtype)
+    reshaped = saved is not None and saved.world != ranks.world
+    engine = Engine(config, model, optim.adamw(trained, config.train), ranks, device.dtype, universal=reshaped)
     state, resumed = _resume(config, run, ranks, device, data, engine, folder, saved)
     reporter = Reporter(config, run, ranks, terminal)
     figures = Figures(config, data, optim.highest_scales(trained), run.lived_s())
@@ -253,8 +254,8 @@ def _resume(
             copy_index_damage(run.path, {s.name: s.damaged for s in data.sources})
         return start, False
     checkpoint.require_same(saved, start, folder)
-    checkpoint.load(folder, engine, ranks)
-    return saved, True
+    checkpoint.load(folder, engine, ranks, saved, run)
+    return replace(saved, world=ranks.world), True
 
 
 def _progress(config: Config, step: StepData) -> float:
