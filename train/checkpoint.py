@@ -18,6 +18,7 @@ import torch
 
 from data_pipeline.errors import UserError
 from data_pipeline.plan.origin import Cursor, Drawn, Origin
+from train import reshape
 from train.config import CheckpointConfig
 from train.engine import Engine, Files
 from train.ranks import Ranks
@@ -113,10 +114,13 @@ class Writer:
 
     def _write(self, files: Files, partial: Path, name: str, state: TrainState) -> None:
         ranks = self._ranks.in_background()
-        problems = ranks.gather(self._trying(name, partial, lambda: _write_files(files)))
-        if not any(problems) and ranks.rank == 0:
-            problems.append(self._trying(name, partial, lambda: _publish(self._run, partial, name, state, self._config)))
-        self._problem = ranks.share(next((p for p in problems if p), None))
+        try:
+            problems = ranks.gather(self._trying(name, partial, lambda: _write_files(files)))
+            if not any(problems) and ranks.rank == 0:
+                problems.append(self._trying(name, partial, lambda: _publish(self._run, partial, name, state, self._config)))
+            self._problem = ranks.share(next((p for p in problems if p), None))
+        except RuntimeError as error:  # another rank is gone
+            self._problem = f"{_CRASH}{name}: {error!r}"
 
     def _trying(self, name: str, partial: Path, work: Callable[[], None]) -> str | None:
         """What hindered the work, in a line for the user."""
@@ -158,13 +162,21 @@ def read_state(folder: Path) -> TrainState:
     return TrainState(**{**fields, **plan})
 
 
-def load(folder: Path, engine: Engine, ranks: Ranks) -> None:
-    """Puts weights, optimizer and random state of a checkpoint in place."""
+def load(folder: Path, engine: Engine, ranks: Ranks, state: TrainState, run: RunDir) -> None:
+    """Puts weights, optimizer and random state of a checkpoint in place, of another number of ranks too."""
+    if state.world != ranks.world:
+        copy = reshape.converted(folder, run, ranks, state.zero_stage)
+        engine.load(copy.parent, copy.name)
+        ranks.barrier()
+        if ranks.rank == 0:
+            shutil.rmtree(copy)
+        torch.manual_seed(torch.initial_seed() + state.step)  # nobody's random state fits; dropout must not repeat itself all the same
+        return
     engine.load(folder.parent, folder.name)
-    state = torch.load(folder / f"rng-{ranks.rank}.pt", weights_only=True)
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
+    found = torch.load(folder / f"rng-{ranks.rank}.pt", weights_only=True)
+    torch.set_rng_state(found["cpu"])
+    if "cuda" in found:
+        torch.cuda.set_rng_state(found["cuda"])
 
 
 def require_same(state: TrainState, now: TrainState, folder: Path) -> None:
@@ -180,7 +192,9 @@ def require_same(state: TrainState, now: TrainState, folder: Path) -> None:
         )
     if state.base_digest != now.base_digest:
         raise UserError(f"{folder}: run.init_from holds other weights than the stage began from: use a new run.dir")
-    for name, key in (("world", "--procs"), ("zero_stage", "deepspeed.stage"), ("dtype", "train.precision")):
+    fixed = [("zero_stage", "deepspeed.stage"), ("dtype", "train.precision")]
+    fixed += [] if state.zero_stage in reshape.STAGES else [("world", "--procs")]
+    for name, key in fixed:
         if getattr(state, name) != getattr(now, name):
             raise UserError(
                 f"{folder} was written with {key} {getattr(state, name)}, not {getattr(now, name)}: use the same, or a new run.dir"

@@ -30,6 +30,11 @@ class Device:
         """Backend of collectives on this device."""
         return "nccl" if self.torch_device.type == "cuda" else "gloo"
 
+    @property
+    def name(self) -> str:
+        """The GPU's name; `cpu` where there is none."""
+        return torch.cuda.get_device_name(self.torch_device) if self.torch_device.type == "cuda" else "cpu"
+
     def most_memory(self) -> int:
         """Most bytes that this process has used at once: of the GPU's memory where there is one, else resident."""
         if self.torch_device.type == "cuda":

@@ -100,12 +100,25 @@ def _copied(value: Any) -> Any:
 class Engine:
     """The model under ZeRO."""
 
-    def __init__(self, config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, dtype: torch.dtype) -> None:
-        """`model` is on its device and in `dtype`; `requires_grad` is final, it cannot change under the engine."""
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ranks: Ranks,
+        dtype: torch.dtype,
+        universal: bool = False,
+    ) -> None:
+        """`model` is on its device and in `dtype`; `requires_grad` is final, it cannot change under the engine.
+
+        `universal`: the checkpoint that will be loaded is a converted one (train/reshape.py).
+        """
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         micro_steps = -(-config.data.global_batch // (ranks.world * config.data.micro_packs))
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         settings = engine_json(config, ranks.world, micro_steps, dtype, trainable)
+        if universal:
+            settings = _overridden(settings, {"checkpoint": {"load_universal": True}})
         try:
             self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         except (ValueError, AssertionError, deepspeed.runtime.config.DeepSpeedConfigError) as error:

@@ -23,7 +23,7 @@ from train.checkpoint import TrainState
 from train.config import Config
 from train.device import Device
 from train.engine import Engine
-from train.flops import cost_model
+from train.flops import Shape, StepCost, cost_model, peak_flops
 from train.guard import Guard
 from train.model.xcomposer2 import XComposer2
 from train.objective import losses_by_source
@@ -32,6 +32,7 @@ from train.ranks import Ranks
 from train.run_dir import RunDir
 from train.signals import SaveRequest, StopRequest
 from train.tracking.figures import Figures
+from train.tracking.meter import Own
 from train.tracking.reporter import Reporter
 from train.tracking.stopwatch import Stopwatch
 from train.tracking.terminal import Terminal
@@ -85,9 +86,11 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
     data, saved, change = _open_data(config, checkpoint.read_state(folder) if folder else None)
     model = build_model(config, device)
     trained, frozen = optim.resolve(model, config.train)
-    engine = Engine(config, model, optim.adamw(trained, config.train), ranks, device.dtype)
+    cost = StepCost.of(model, config.train.checkpointing)
+    reshaped = saved is not None and saved.world != ranks.world
+    engine = Engine(config, model, optim.adamw(trained, config.train), ranks, device.dtype, universal=reshaped)
     state, resumed = _resume(config, run, ranks, device, data, engine, folder, saved)
-    reporter = Reporter(config, run, ranks, terminal)
+    reporter = Reporter(config, run, ranks, terminal, peak_flops(device.name))
     figures = Figures(config, data, optim.highest_scales(trained), run.lived_s())
     if ranks.rank == 0:
         begins = f"resumed from step {state.step}" if resumed else "started"
@@ -162,18 +165,23 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
         stopwatch.lap("optimizer")
         profiling.after(state.step + 1)
 
-        guard.after(step, began, bool(skipped), engine.grad_norm(), data.sources)
+        grad_norm = engine.grad_norm()
+        guard.after(step, began, bool(skipped), grad_norm, data.sources)
         ledger.write(step.step, step.bad)
         totals = Counter(budget.charged(state.totals, budgets, charges))
         seconds = time.monotonic() - asked
-        totals.update({**counts._asdict(), "skipped": skipped, "step_ms": round(seconds * 1000)})
+        totals.update({**counts._asdict(), "skipped": skipped, "step_ms": 0 if skipped else round(seconds * 1000)})
         state = replace(state, step=step.step + 1, cursor=(step.cursor.window, step.cursor.pack), progress=progress, totals=dict(totals))
         state = replace(state, drawn=data.plan.drawn(step.cursor))
-        host = figures.of_step(counts, state, seconds, got - asked, lr, engine.grad_norm(), began)
+        host = figures.of_step(counts, state, seconds, got - asked, lr, grad_norm, began)
         if validation.due(state.step):
             watchdog.beat(state.step, "checkpoint")
             host |= validation.measure()
-        reporter.add(state.step, by_source, host, stopwatch.laps(), own.image_tokens, device.most_memory())
+        flops = [(cost.total(Shape.useful(m.batch)).model, cost.total(Shape.of(m.batch)).hardware) for m in step.micro_batches]
+        model_flops, hardware_flops = (sum(each) for each in zip(*flops, strict=True))
+        reporter.add(
+            state.step, by_source, host, Own(stopwatch.laps(), own.image_tokens, device.most_memory(), model_flops, hardware_flops)
+        )
         saves = counts.save > 0 or state.step % config.checkpoint.every == 0
         if saves or state.step % config.track.every == 0:
             reporter.flush()
@@ -252,8 +260,8 @@ def _resume(
             copy_index_damage(run.path, {s.name: s.damaged for s in data.sources})
         return start, False
     checkpoint.require_same(saved, start, folder)
-    checkpoint.load(folder, engine, ranks)
-    return saved, True
+    checkpoint.load(folder, engine, ranks, saved, run)
+    return replace(saved, world=ranks.world), True
 
 
 def _progress(config: Config, step: StepData) -> float:

@@ -146,18 +146,18 @@ class Life:
     """Steps in which a gradient is NaN, by rank."""
 
 
-def live_together(lives: Sequence[Life]) -> None:
-    """Lives in a row on one pair of ranks, which is started once: where the command is not what is tested."""
+def live_together(lives: Sequence[Life], world: int = 2) -> None:
+    """Lives in a row on ranks that are started once: where the command is not what is tested."""
     with tempfile.TemporaryDirectory() as folder:
         jobs = Path(folder) / "jobs.json"
         settings = [{"config": str(life.stage.config), "overrides": life.overrides, "nan_gradients": life.nan_gradients} for life in lives]
         jobs.write_text(json.dumps(settings))
         command = [sys.executable, str(Path(__file__).with_name("lives_worker.py")), str(jobs)]
         port = free_port()
-        environments = [{**rank_environment(rank, 2, port), "OMP_NUM_THREADS": "1"} for rank in range(2)]
+        environments = [{**rank_environment(rank, world, port), "OMP_NUM_THREADS": "1"} for rank in range(world)]
         ranks = [subprocess.Popen(command, env=environment) for environment in environments]
         try:
-            assert [rank.wait(timeout=240) for rank in ranks] == [0, 0], "see the logs of the run directories"
+            assert {rank.wait(timeout=240) for rank in ranks} == {0}, "see the logs of the run directories"
         finally:
             for rank in ranks:
                 rank.kill()

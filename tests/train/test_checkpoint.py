@@ -45,19 +45,10 @@ class Model:
         return {folder / tag / "weight.pt": _copied(self.weight)}
 
 
-def state(step: int) -> TrainState:
+def state(step: int, **changes) -> TrainState:
     drawn = Drawn(**{name: {} for name in Drawn.__dataclass_fields__})
-    facts = {
-        "progress": 0.5,
-        "totals": {},
-        "guard": {},
-        "plan_digest": "p",
-        "base_digest": None,
-        "world": 1,
-        "zero_stage": 2,
-        "dtype": "fp32",
-    }
-    return TrainState(step, (0, 0), drawn, Origin(), **facts)
+    facts = {"plan_digest": "p", "base_digest": None, "world": 1, "zero_stage": 2, "dtype": "fp32", **changes}
+    return TrainState(step, (0, 0), drawn, Origin(), progress=0.5, totals={}, guard={}, **facts)
 
 
 @pytest.fixture
@@ -156,3 +147,17 @@ def test_a_copy_has_the_containers_and_numbers_of_what_it_is_a_copy_of_and_none_
     assert found["a"][0].tolist() == found["a"][1][0].tolist() == [1, 1]
     assert found["b"]["c"].tolist() == [1]
     assert (found["d"], found["e"], found["a"][1][1], type(found["a"][1])) == ("text", None, 3, tuple)
+
+
+def test_what_cannot_be_gone_on_with_is_refused_with_the_way_out(run):
+    folder = run.checkpoints / "step-00000001"
+    for then, now, cure in [
+        ({"world": 2, "zero_stage": 0}, {"world": 1, "zero_stage": 0}, "--procs 2, not 1"),
+        ({"zero_stage": 3}, {"zero_stage": 2}, "deepspeed.stage 3, not 2"),
+        ({"dtype": "torch.bfloat16"}, {"dtype": "torch.float32"}, "train.precision"),
+        ({"plan_digest": "a"}, {"plan_digest": "b"}, "data.change"),
+        ({"base_digest": "a"}, {"base_digest": "b"}, "init_from"),
+    ]:
+        with pytest.raises(UserError, match=cure):
+            checkpoint.require_same(state(1, **then), state(1, **now), folder)
+    checkpoint.require_same(state(1, world=2), state(1, world=1), folder)

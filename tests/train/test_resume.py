@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stages import Life, live_together, make_stage
+from stages import Life, Stage, live_together, make_stage
 
 from data_pipeline import jsonl
 from data_pipeline.batch import Segment
@@ -20,6 +20,7 @@ from train import configure
 from train.cli import main
 from train.evaluate import BATCH_TOKENS, Scorer
 from train.model.xcomposer2 import XComposer2
+from train.run_dir import RunDir
 from train.validate import share
 from train.weights import final
 
@@ -179,13 +180,27 @@ def test_ranks_end_when_their_launcher_is_killed_and_leave_no_shared_memory(stag
     assert not orphaned.rank_pids()
 
 
-def test_another_number_of_ranks_is_refused_in_one_line_that_names_the_cure(continued):
-    two = continued("two", 20)
-    one = two.train(procs=1)
-    assert one.returncode == EXIT_USER
-    assert "--procs" in one.stderr
-    assert len(one.stderr.strip().splitlines()) == 1
-    assert two.checkpoints()[-1] == 20
+def test_another_number_of_ranks_sees_the_same_samples_and_loses_nothing_but_the_order_of_sums(whole, continued, other_engines, tmp_path):
+    """2 ranks, then 1, then 2 again under ZeRO-2; 2, then 1 under ZeRO-1 in bf16 and under ZeRO-3."""
+    wholes, _ = other_engines
+    reshaped = {"zero-2": (continued("reshaped", 16), whole)}
+    for name in ("zero-1-bf16", "zero-3"):
+        one = Stage(tmp_path / f"{name}.yaml", RunDir(tmp_path / name), wholes[name].environment)
+        one.config.write_text(wholes[name].config.read_text().replace(f"dir: {wholes[name].run.path}\n", f"dir: {one.run.path}\n"))
+        shutil.copytree(wholes[name].run.path, one.run.path)
+        one.forget_after(3)
+        reshaped[name] = one, wholes[name]
+    no_dropout = ("model.plora.dropout=0",)  # whose random numbers belong to a rank
+    live_together([Life(one, no_dropout) for one, _ in reshaped.values()], world=1)
+    reshaped["zero-2"][0].forget_after(20)
+    live_together([Life(reshaped["zero-2"][0], no_dropout)])
+    assert reshaped["zero-2"][0].resumed_from() == [None, 16, 20]
+    for name, (one, uninterrupted) in reshaped.items():
+        # The uninterrupted runs have dropout in PLoRA, whose products are still next to nothing.
+        assert one.losses() == pytest.approx(uninterrupted.losses(), abs=2e-3 if "bf16" in name else 1e-4), name
+        tokens = [{line["step"]: line["data/tokens"] for line in jsonl.read(s.run.metrics)} for s in (one, uninterrupted)]
+        assert tokens[0] == tokens[1]
+        assert not list(one.run.checkpoints.glob(".*partial"))
 
 
 def test_a_line_cut_by_a_kill_harms_no_other_line(tmp_path):

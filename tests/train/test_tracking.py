@@ -4,11 +4,16 @@ import gzip
 import json
 
 import pytest
+import torch
+import torch.distributed as dist
+from no_host_sync import no_host_sync
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_pipeline import jsonl
 from train import configure
 from train.run_dir import RunDir
+from train.tracking.meter import Meter, Own
+from train.tracking.stopwatch import Laps
 from train.tracking.trackers import Trackers, Wandb
 
 
@@ -46,12 +51,42 @@ def test_every_line_says_how_fast_how_full_how_far_and_how_evenly(whole):
         assert line["health/slowest_rank"] in (0, 1)
         assert 0 < line["health/goodput"] <= 1
         assert line["health/memory_gib"] > 0.1
+        assert line["throughput/tflops_per_rank"] > 0
+        assert "throughput/mfu" not in line, "nobody knows the peak of a CPU"
         assert line["optim/lr_by_rule/.*"] == line["optim/lr"]
         assert line["optim/lr_by_rule/vision"] == pytest.approx(line["optim/lr"] * 0.9)
     assert lines[-1]["data/samples"] > lines[0]["data/samples"] > 0
     assert {name for name in lines[-1] if name.startswith("data/epochs_by_source/")} == {
         f"data/epochs_by_source/{name}" for name in ("pairs", "documents", "text")
     }
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of one."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_utilisation_is_flops_by_time_and_peak_and_no_step_asks_the_device(alone):
+    meter = Meter(["pairs", "text"], rank=0, world=1, peak_flops=1e12)
+    for step in (1, 2):
+        laps = Laps(
+            [("", 0.0), ("data", 1.0), ("forward", 2.0), ("backward", 4.5), ("forward", 5.0), ("backward", 6.0), ("optimizer", 6.25)]
+        )
+        by_source = [(torch.tensor([6.0, 0.0]), torch.tensor([3, 0])), (torch.tensor([2.0, 9.0]), torch.tensor([1, 2]))]
+        own = Own(laps, image_tokens=5, memory=2**31, model_flops=10**12, hardware_flops=2 * 10**12)
+        with no_host_sync():
+            meter.add(step, by_source, {"throughput/step_s": 5.0}, own)
+    (_, first), (number, second) = meter.flush()
+    assert (number, second) == (2, first)
+    assert (first["throughput/mfu"], first["throughput/hfu"], first["throughput/tflops_per_rank"]) == pytest.approx((0.2, 0.4, 0.2))
+    parts = {part: first[f"throughput/{part}_s"] for part in ("data", "forward", "backward", "optimizer")}
+    assert parts == {"data": 1.0, "forward": 1.5, "backward": 3.5, "optimizer": 0.25}
+    assert (first["loss/train"], first["loss_by_source/pairs"], first["tokens_by_source/text"]) == (17 / 6, 2.0, 2)
+    assert (first["health/forward_max_over_mean"], first["health/slowest_rank"], first["health/memory_gib"]) == (1.0, 0, 2.0)
+    assert meter.flush() == []
 
 
 def test_the_configured_steps_are_in_a_trace(whole):

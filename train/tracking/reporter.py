@@ -10,8 +10,7 @@ from torch import Tensor
 from train.config import Config
 from train.ranks import Ranks
 from train.run_dir import RunDir
-from train.tracking.meter import Meter
-from train.tracking.stopwatch import Laps
+from train.tracking.meter import Meter, Own
 from train.tracking.terminal import Terminal
 from train.tracking.trackers import Metrics, Trackers
 
@@ -19,9 +18,9 @@ from train.tracking.trackers import Metrics, Trackers
 class Reporter:
     """The voice of a run; on ranks above 0 it only takes part in the sums."""
 
-    def __init__(self, config: Config, run: RunDir, ranks: Ranks, terminal: Terminal) -> None:
+    def __init__(self, config: Config, run: RunDir, ranks: Ranks, terminal: Terminal, peak_flops: float | None) -> None:
         self._config, self._run, self._terminal = config, run, terminal
-        self._meter = Meter(list(config.data.sources), ranks.rank, ranks.world)
+        self._meter = Meter(list(config.data.sources), ranks.rank, ranks.world, peak_flops)
         self._trackers: Trackers | None = None
 
     def begin(self, life: int, step: int, settings: dict[str, Any], lines: list[str]) -> None:
@@ -30,9 +29,9 @@ class Reporter:
         for line in lines:
             self._terminal.say(line)
 
-    def add(self, step: int, by_source: list[tuple[Tensor, Tensor]], host: Metrics, laps: Laps, image_tokens: int, memory: int) -> None:
+    def add(self, step: int, by_source: list[tuple[Tensor, Tensor]], host: Metrics, own: Own) -> None:
         """Notes a step, without waiting for the device; arguments as those of `Meter.add`."""
-        self._meter.add(step, by_source, host, laps, image_tokens, memory)
+        self._meter.add(step, by_source, host, own)
 
     def flush(self) -> None:
         """Sums the noted steps over the ranks and shows them."""

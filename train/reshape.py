@@ -1,0 +1,40 @@
+"""A checkpoint of another number of ranks, made fit for these, through DeepSpeed's universal checkpoint.
+
+Invariant: the checkpoint itself is not touched; the copy is for one loading, and the next life sweeps it away.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from data_pipeline.errors import UserError
+from train.ranks import Ranks
+from train.run_dir import RunDir
+
+STAGES = (1, 2, 3)
+"""ZeRO stages whose checkpoints DeepSpeed converts."""
+
+
+def converted(folder: Path, run: RunDir, ranks: Ranks, zero_stage: int) -> Path:
+    """A universal copy of a checkpoint: rank 0 makes it, all wait. The engine loads it with `universal`.
+
+    Raises:
+        UserError: DeepSpeed could not convert it.
+    """
+    target = run.checkpoints / f".{folder.name}-universal.partial"
+    problem = ranks.share(_convert(folder, target, zero_stage) if ranks.rank == 0 else None)
+    if problem:
+        raise UserError(f"{folder} is of another number of ranks and could not be converted: {problem} (use the same --procs)")
+    return target
+
+
+def _convert(folder: Path, target: Path, zero_stage: int) -> str | None:
+    workers = str(min(8, os.cpu_count() or 1))
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(folder), "--output_folder", str(target)]
+    command += ["--num_extract_workers", workers, "--num_merge_workers", workers]
+    command += ["--inject_missing_state"] if zero_stage < 3 else []
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    print(done.stdout, flush=True)
+    return (done.stdout.strip().splitlines() or ["it said nothing"])[-1] if done.returncode else None
