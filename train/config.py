@@ -84,6 +84,24 @@ class ProjectorConfig:
     """Side of the square of neighbouring patches that are concatenated into one image token (paper: 1; 4KHD: 2)."""
 
 
+class RopeKind(Enum):
+    """How rotary positions reach beyond the length that the decoder was trained at."""
+
+    none = "none"  # they do not
+    linear = "linear"  # positions are divided by `factor`
+    dynamic = "dynamic"  # NTK: theta grows with the segment's length once that exceeds `max_positions`
+
+
+@dataclass
+class RopeScaling:
+    """`rope_scaling` of the released configs."""
+
+    kind: RopeKind = RopeKind.none
+    """none, linear or dynamic."""
+    factor: float = 1.0
+    """Scaling factor."""
+
+
 @dataclass
 class DecoderConfig:
     """InternLM2; the defaults are the 7B."""
@@ -101,22 +119,45 @@ class DecoderConfig:
     """Inner width of the SwiGLU feed-forward."""
     rms_eps: float = 1e-5
     rope_theta: float = 1e6
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    max_positions: int = 32768
+    """Positions that the decoder was trained at; dynamic scaling begins beyond them."""
     init_std: float = 0.02
     """Deviation of fresh weights."""
     weights: str | None = None
     """Hugging Face folder of an InternLM2 or a Llama that this stage starts from; nothing = fresh weights, or those of run.init_from."""
 
 
+class LowRankMode(Enum):
+    """Which tokens the low-rank weights act on."""
+
+    plora = "plora"  # image tokens only (the paper)
+    lora = "lora"  # all tokens, for ablations
+    none = "none"  # there are no low-rank weights, for ablations
+
+
+@dataclass
+class LowRank:
+    """Low-rank weights of one kind of linear."""
+
+    rank: int = MISSING
+    alpha: float = MISSING
+
+
 @dataclass
 class PLoRAConfig:
     """Partial LoRA: low-rank weights of every decoder linear that act on image tokens only."""
 
+    mode: LowRankMode = LowRankMode.plora
+    """plora, or for ablations lora or none."""
     rank: int = 256
     """Rank R (paper: 256)."""
     alpha: float = 256.0
     """The product is scaled by alpha / rank (paper: 1.0)."""
     dropout: float = 0.05
     """Dropout on the low-rank input, image tokens only (official code: 0.05)."""
+    linears: dict[str, LowRank] = field(default_factory=dict)
+    """Rank and alpha by linear (wqkv, wo, w1, w3, w2) where they differ (released 4KHD weights: wqkv 8 and 16)."""
 
 
 @dataclass

@@ -78,7 +78,7 @@ def _difference(a: Any, b: Any, path: str, passed: tuple[str, ...]) -> str | Non
         for key in [*a, *(k for k in b if k not in a)]:
             if (path == "data" and key in passed) or (path.startswith("data.sources.") and key == "errors"):
                 continue
-            if path == "train" and key == "checkpointing":  # memory for time, the same bits
+            if path == "train" and key == "checkpointing":  # memory for time: rounding at most
                 continue
             found = _difference(a.get(key), b.get(key), f"{path}.{key}", passed)
             if found:

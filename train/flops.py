@@ -11,7 +11,7 @@ from torch import nn
 
 from data_pipeline.batch import PackedBatch
 from data_pipeline.plan.balance import CostModel
-from train.config import Checkpointing, Config
+from train.config import Checkpointing, Config, LowRankMode
 from train.model.plora import PLoRALinear
 from train.model.recompute import is_recomputed
 from train.model.xcomposer2 import XComposer2
@@ -187,14 +187,17 @@ class _Walk:
         return found if self._flows else [p._replace(recomputed=0) for p in found]
 
     def _plora(self, linear: PLoRALinear, mode: str) -> list[Product]:
-        a, b = linear.plora_a, linear.plora_b
-        low_rank_flows = self._flows or a.requires_grad
-        found = [
-            self._product("decoder", "token", linear.weight.numel(), linear.weight.requires_grad, self._flows, mode),
-            self._product("plora", "image_token", a.numel(), a.requires_grad, self._flows, mode),
-            # Keeping B's product would cost as much memory as keeping W's, and save next to nothing.
-            self._product("plora", "image_token", b.numel(), b.requires_grad, low_rank_flows, "full" if mode == "ops" else mode),
-        ]
+        found = [self._product("decoder", "token", linear.weight.numel(), linear.weight.requires_grad, self._flows, mode)]
+        if linear.mode is not LowRankMode.none:
+            a, b = linear.plora_a, linear.plora_b
+            unit = "image_token" if linear.mode is LowRankMode.plora else "token"
+            low_rank_flows = self._flows or a.requires_grad
+            # The mode `ops` does not keep B's product: that would cost as much memory as keeping W's, and save next to nothing.
+            mode_of_b = "full" if mode == "ops" else mode
+            found += [
+                self._product("plora", unit, a.numel(), a.requires_grad, self._flows, mode),
+                self._product("plora", unit, b.numel(), b.requires_grad, low_rank_flows, mode_of_b),
+            ]
         self._flows |= _trained(linear)
         return found
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from data_pipeline.batch import IGNORE
 from data_pipeline.errors import UserError
+from train.config import RopeKind, RopeScaling
 from train.model.attention import Segments
-from train.model.decoder import Decoder, Head, RMSNorm
+from train.model.decoder import Decoder, Head, RMSNorm, Rotation
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -87,6 +88,36 @@ def test_impossible_head_counts_are_refused() -> None:
     config.decoder.kv_heads = 4
     with pytest.raises(UserError, match=r"model.decoder.*kv_heads"):
         Decoder(config.decoder, config.plora)
+
+
+def angles_of(rotation: Rotation) -> Tensor:
+    return torch.atan2(rotation.sin, rotation.cos).flatten(1)
+
+
+def rotation_of(lengths: tuple[int, ...], kind: RopeKind, factor: float = 2.0) -> Rotation:
+    config = tiny_config().decoder
+    config.rope_scaling, config.max_positions = RopeScaling(kind, factor), 8
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    return Rotation.of(positions, lengths, config, torch.float32)
+
+
+def test_linear_scaling_divides_positions() -> None:
+    plain, scaled = rotation_of((21,), RopeKind.none), rotation_of((21,), RopeKind.linear, 4.0)
+    torch.testing.assert_close(angles_of(scaled)[::4], angles_of(plain)[: len(range(0, 21, 4))])
+
+
+def test_dynamic_scaling_is_the_published_formula_beyond_the_trained_length_and_nothing_up_to_it() -> None:
+    plain, scaled = rotation_of((8, 20), RopeKind.none), rotation_of((8, 20), RopeKind.dynamic)
+    assert torch.equal(scaled.cos[:8], plain.cos[:8])
+    size, theta = 8, 1e4 * (2.0 * 20 / 8 - 1.0) ** (8 / 6)
+    frequencies = theta ** (-torch.arange(0, size, 2).float() / size)
+    expected = torch.outer(torch.arange(20).float(), frequencies)
+    torch.testing.assert_close(scaled.sin[8:].flatten(1), expected.sin(), atol=1e-6, rtol=1e-5)
+
+
+def test_dynamic_scaling_of_a_document_does_not_depend_on_what_it_is_packed_with() -> None:
+    alone, packed = rotation_of((20,), RopeKind.dynamic), rotation_of((5, 20, 31), RopeKind.dynamic)
+    torch.testing.assert_close(alone.cos, packed.cos[5:25])
 
 
 def head_and_rows() -> tuple[Head, Tensor, Tensor, Tensor]:

@@ -3,8 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from batches import IMAGE_SIZE, batch_of, mixed_segments, tiny_config
 
+from data_pipeline.errors import UserError
+from train.config import Checkpointing, LowRank, LowRankMode, Recompute
 from train.model.plora import PLoRALinear
+from train.model.xcomposer2 import XComposer2
 
 T, IN, OUT, RANK = 21, 16, 24, 4
 IMAGE_INDEX = torch.tensor([2, 3, 4, 9, 10])
@@ -62,3 +66,56 @@ def test_dropout_acts_in_training_only_and_on_the_low_rank_input() -> None:
 
 def test_forgotten_initialisation_is_loud() -> None:
     assert PLoRALinear(IN, OUT, RANK, 8.0, 0.0)(rows(), IMAGE_INDEX).isnan().all()
+
+
+@pytest.mark.parametrize(
+    "index", [[], [0], [T - 1], [0, 1, 2, 3], [T - 4, T - 3, T - 2, T - 1], [0, 1, 8, 9, 10, T - 1], list(range(T))],
+    ids=["no image", "first", "last", "first image", "last image", "many", "nothing else"],
+)  # fmt: skip
+def test_by_index_equals_by_boolean_mask(index: list[int]) -> None:
+    """The official code's way, forward and gradients."""
+    linear, x = layer(), rows().requires_grad_()
+    mask = torch.zeros(T, dtype=torch.bool)
+    mask[index] = True
+    base = F.linear(x, linear.weight)
+    delta = 8.0 / RANK * F.linear(F.linear(x[mask], linear.plora_a), linear.plora_b)
+    expected = base.masked_scatter(mask[:, None].expand_as(base), base[mask] + delta)
+    wanted = [x, *linear.parameters()]
+    out = linear(x, torch.tensor(index, dtype=torch.int64))
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    grads = torch.autograd.grad(out.square().sum(), wanted)
+    for grad, other in zip(grads, torch.autograd.grad(expected.square().sum(), wanted), strict=True):
+        torch.testing.assert_close(grad, other, atol=1e-3, rtol=1e-4)
+
+
+def test_lora_acts_on_all_tokens_and_none_has_no_weights() -> None:
+    lora, x = layer(), rows()
+    lora.mode = LowRankMode.lora
+    torch.testing.assert_close(lora(x, IMAGE_INDEX), layer()(x, torch.arange(T)), atol=1e-5, rtol=1e-5)
+    none = PLoRALinear(IN, OUT, RANK, 8.0, 0.0, LowRankMode.none)
+    assert [name for name, _ in none.named_parameters()] == ["weight"]
+    none.weight.data = lora.weight.data
+    assert torch.equal(none(x, IMAGE_INDEX), F.linear(x, lora.weight))
+
+
+@pytest.mark.parametrize("mode", LowRankMode)
+def test_the_whole_model_trains_in_every_mode(mode: LowRankMode) -> None:
+    config = tiny_config()
+    config.plora.mode = mode
+    model = XComposer2(config, IMAGE_SIZE)
+    model.init_weights(0)
+    model.apply_cost_settings(Checkpointing(Recompute.ops))
+    model(batch_of(mixed_segments())).loss_sum.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert any("plora" in name for name, _ in model.named_parameters()) == (mode is not LowRankMode.none)
+
+
+def test_rank_and_scale_may_differ_by_linear_and_an_unknown_linear_is_refused() -> None:
+    config = tiny_config()
+    config.plora.linears = {"wqkv": LowRank(rank=2, alpha=6.0)}
+    first = XComposer2(config, IMAGE_SIZE).decoder.layers[0]
+    assert (first.attention.wqkv.plora_a.shape[0], first.attention.wqkv.scale) == (2, 3.0)
+    assert (first.attention.wo.plora_a.shape[0], first.attention.wo.scale) == (4, 2.0)
+    config.plora.linears = {"w4": LowRank(rank=2, alpha=6.0)}
+    with pytest.raises(UserError, match=r"model.plora.linears: w4.*wqkv"):
+        XComposer2(config, IMAGE_SIZE)

@@ -44,12 +44,14 @@ def freeze_decoder(model: XComposer2) -> XComposer2:
 
 @pytest.mark.parametrize("prepare", [lambda model: model, freeze_decoder], ids=["sft", "pretrain"])
 @pytest.mark.parametrize("mode", MODES)
-def test_losses_and_gradients_are_those_without_checkpointing_bitwise(mode: str, prepare: Callable[[XComposer2], XComposer2]) -> None:
-    """With dropout: the second forward pass must draw what the first drew."""
+def test_losses_and_gradients_are_those_without_checkpointing(mode: str, prepare: Callable[[XComposer2], XComposer2]) -> None:
+    """Bitwise, or with `ops` up to rounding. With dropout: the second forward pass must draw what the first drew."""
     plain = losses_and_gradients(prepare(model_of(Checkpointing())))
     again = losses_and_gradients(prepare(model_of(MODES[mode])))
     assert len(plain) == len(again) > 10
-    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert torch.equal(plain[0], again[0])
+    for a, b in zip(plain, again, strict=True):
+        assert torch.equal(a, b) or (mode == "ops" and (a - b).abs().max() <= 1e-5 * a.abs().max().clamp_min(1.0))
 
 
 def kept_bytes(model: XComposer2) -> int:

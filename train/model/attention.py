@@ -38,6 +38,7 @@ class Segments:
     cu_seqlens: Tensor
     """[S+1] int32."""
     max_seqlen: int
+    lengths: tuple[int, ...]
     groups: tuple[LengthGroup, ...] = ()
     """sdpa only: the padded layout, group after group."""
     padded_index: Tensor | None = None
@@ -54,7 +55,7 @@ class Segments:
         device = cu_seqlens.device
         backend = choose_backend(device, dtype) if backend == "auto" else backend
         if backend != "sdpa":
-            return Segments(backend, cu_seqlens, max(lengths))
+            return Segments(backend, cu_seqlens, max(lengths), lengths)
         starts_by_length: dict[int, list[tuple[int, int]]] = {}
         start = 0
         for length in lengths:
@@ -73,6 +74,7 @@ class Segments:
             backend,
             cu_seqlens,
             max(lengths),
+            lengths,
             tuple(groups),
             torch.tensor(padded_index, device=device),
             torch.tensor(packed_index, device=device),
@@ -109,6 +111,7 @@ def _flash(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments) -> T
     from flash_attn import flash_attn_varlen_func  # an optional extra
 
     borders, longest = segments.cu_seqlens, segments.max_seqlen
+    k_TKH, v_TKH = k_TKH.contiguous(), v_TKH.contiguous()  # as slices they would keep all of q, k and v for the backward pass
     deterministic = torch.are_deterministic_algorithms_enabled()
     return flash_attn_varlen_func(q_TNH, k_TKH, v_TKH, borders, borders, longest, longest, causal=True, deterministic=deterministic)
 
@@ -117,6 +120,7 @@ def _torch_varlen(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segment
     from torch.nn.attention.varlen import varlen_attn
 
     borders, longest = segments.cu_seqlens, segments.max_seqlen
+    k_TKH, v_TKH = k_TKH.contiguous(), v_TKH.contiguous()  # as in _flash
     grouped = q_TNH.shape[1] != k_TKH.shape[1]
     causal = (-1, 0)
     return varlen_attn(q_TNH, k_TKH, v_TKH, borders, borders, longest, longest, window_size=causal, enable_gqa=grouped)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data_pipeline.batch import IGNORE
 from data_pipeline.errors import UserError
-from train.config import DecoderConfig, PLoRAConfig
+from train.config import DecoderConfig, LowRankMode, PLoRAConfig, RopeKind
 from train.model.attention import Segments, varlen_attention
 from train.model.plora import PLoRALinear
 
@@ -42,16 +42,36 @@ class Rotation(NamedTuple):
     sin: Tensor
 
     @staticmethod
-    def of(position_ids_T: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> "Rotation":
-        """Angles in fp32, results in `dtype`."""
-        exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=position_ids_T.device) / head_size
-        angles = torch.outer(position_ids_T.float(), theta**-exponents)[:, None, None, :]
+    def of(position_ids_T: Tensor, lengths: tuple[int, ...], config: DecoderConfig, dtype: torch.dtype) -> "Rotation":
+        """Angles in fp32, results in `dtype`. `lengths` are those of the segments: dynamic scaling goes by a document's length, not
+        by what it is packed with.
+        """
+        head_size, scaling, device = config.hidden // config.heads, config.rope_scaling, position_ids_T.device
+        positions_T = position_ids_T.float()
+        if scaling.kind is RopeKind.linear:
+            positions_T = positions_T / scaling.factor
+        exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
+        if scaling.kind is RopeKind.dynamic and max(lengths) > config.max_positions:
+            thetas = [_dynamic_theta(length, head_size, config) for length in lengths]
+            repeats = torch.tensor(lengths, device=device)
+            thetas_T = torch.tensor(thetas, device=device).repeat_interleave(repeats, output_size=sum(lengths))
+            angles = positions_T[:, None] * thetas_T[:, None] ** -exponents
+        else:
+            angles = torch.outer(positions_T, config.rope_theta**-exponents)
+        angles = angles[:, None, None, :]
         return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
 
     def apply(self, x: Tensor) -> Tensor:
         """Rotates [T, *, *, H]; the halves of H are the two coordinates, as in Llama."""
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * self.cos - second * self.sin, second * self.cos + first * self.sin), dim=-1)
+
+
+def _dynamic_theta(length: int, head_size: int, config: DecoderConfig) -> float:
+    """The base of a segment's angles: as published up to `max_positions`, then growing with the length."""
+    factor = config.rope_scaling.factor
+    growth = factor * max(length, config.max_positions) / config.max_positions - (factor - 1)
+    return config.rope_theta * growth ** (head_size / (head_size - 2))
 
 
 class Attention(nn.Module):
@@ -64,8 +84,8 @@ class Attention(nn.Module):
         self.head_size = config.hidden // config.heads
         width = config.heads * self.head_size
         fused = width + 2 * config.kv_heads * self.head_size
-        self.wqkv = PLoRALinear(config.hidden, fused, plora.rank, plora.alpha, plora.dropout)
-        self.wo = PLoRALinear(width, config.hidden, plora.rank, plora.alpha, plora.dropout)
+        self.wqkv = PLoRALinear.of(plora, "wqkv", config.hidden, fused)
+        self.wo = PLoRALinear.of(plora, "wo", width, config.hidden)
 
     def forward(self, x_TD: Tensor, rotation: Rotation, segments: Segments, image_index_V: Tensor) -> Tensor:
         """[T, D]."""
@@ -83,13 +103,13 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: DecoderConfig, plora: PLoRAConfig) -> None:
         super().__init__()
-        self.w1 = PLoRALinear(config.hidden, config.ffn, plora.rank, plora.alpha, plora.dropout)
-        self.w3 = PLoRALinear(config.hidden, config.ffn, plora.rank, plora.alpha, plora.dropout)
-        self.w2 = PLoRALinear(config.ffn, config.hidden, plora.rank, plora.alpha, plora.dropout)
+        self.w1 = PLoRALinear.of(plora, "w1", config.hidden, config.ffn)
+        self.w3 = PLoRALinear.of(plora, "w3", config.hidden, config.ffn)
+        self.w2 = PLoRALinear.of(plora, "w2", config.ffn, config.hidden)
 
     def forward(self, x_TD: Tensor, image_index_V: Tensor) -> Tensor:
         """[T, D]."""
-        image_rows_VD = x_TD.index_select(0, image_index_V)
+        image_rows_VD = x_TD.index_select(0, image_index_V) if self.w1.mode is LowRankMode.plora else None
         gate = self.w1(x_TD, image_index_V, image_rows_VD)
         value = self.w3(x_TD, image_index_V, image_rows_VD)
         return self.w2(F.silu(gate) * value, image_index_V)
@@ -121,15 +141,17 @@ class Decoder(nn.Module):
                 f"model.decoder: hidden ({config.hidden}) must be a multiple of 2 x heads ({config.heads}), "
                 f"and heads a multiple of kv_heads ({config.kv_heads})"
             )
-        self.head_size = config.hidden // config.heads
-        self.rope_theta = config.rope_theta
+        unknown = sorted(set(plora.linears) - {"wqkv", "wo", "w1", "w3", "w2"})
+        if unknown:
+            raise UserError(f"model.plora.linears: {unknown[0]} is no linear of the decoder (use wqkv, wo, w1, w3 or w2)")
+        self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab, config.hidden)
         self.layers = nn.ModuleList(Layer(config, plora) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.rms_eps)
 
     def forward(self, x_TD: Tensor, position_ids_T: Tensor, segments: Segments, image_index_V: Tensor) -> Tensor:
         """[T, D]; `x_TD` are embeddings with the image tokens in place."""
-        rotation = Rotation.of(position_ids_T, self.head_size, self.rope_theta, x_TD.dtype)
+        rotation = Rotation.of(position_ids_T, segments.lengths, self.config, x_TD.dtype)
         for layer in self.layers:
             x_TD = layer(x_TD, rotation, segments, image_index_V)
         return self.norm(x_TD)

@@ -1,7 +1,7 @@
 """Activation checkpointing and compilation of blocks: what is kept for the backward pass, what is computed again.
 
-Invariant: losses and gradients are those of the plain model, bitwise where a kernel is deterministic: the same operations run on
-the same values, dropout included. Names in the state dict do not change.
+Invariant: losses are those of the plain model, bitwise, and so are gradients, which `ops` may round otherwise (1e-6); dropout draws
+the same numbers. Names in the state dict do not change.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from train.config import Checkpointing, Recompute
 
 _PRODUCTS = ("mm", "addmm")
+_ADDITIONS = ("index_add_", "add_")
 _KERNELS = ("_flash_attention", "_efficient_attention", "_cudnn_attention", "_varlen_attn", "_flash_attn_varlen_forward")
 """Parts of the names of fused attention kernels; the plain matmul and softmax of short segments are cheaper to repeat than to keep."""
 
@@ -42,12 +43,12 @@ def _again(forward: Callable[..., Tensor], arguments: dict[str, Any], *inputs: A
 
 
 def _keep_products(low_ranks: set[int]) -> Any:
-    # PLoRA adds to the kept product in place, and what is kept then is the sum: `index_add_` counts as done in the second pass.
+    # PLoRA adds to the kept product in place, and what is kept then is the sum: the second pass must not add again.
     return create_selective_checkpoint_contexts(partial(_policy, low_ranks), allow_cache_entry_mutation=True)
 
 
 def _policy(low_ranks: set[int], _context: Any, operator: Any, *inputs: Any, **_: Any) -> CheckpointPolicy:
     name = operator.overloadpacket.__name__
     # B's product is as large as W's and, its inner width being the rank, next to free.
-    kept = inputs[-2].shape[-1] not in low_ranks if name in _PRODUCTS else name == "index_add_" or any(k in name for k in _KERNELS)
+    kept = inputs[-2].shape[-1] not in low_ranks if name in _PRODUCTS else name in _ADDITIONS or any(k in name for k in _KERNELS)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import PackedBatch
 from data_pipeline.errors import UserError
-from train.config import Checkpointing, ModelConfig
+from train.config import Checkpointing, LowRankMode, ModelConfig
 from train.model.attention import Segments
 from train.model.decoder import Decoder, Head
 from train.model.plora import PLoRALinear
@@ -56,7 +56,7 @@ class XComposer2(nn.Module):
 
     def apply_cost_settings(self, checkpointing: Checkpointing, compiled: bool = False) -> None:
         """Activation checkpointing and compilation of the blocks of ViT and decoder; to be called once, before training."""
-        low_ranks = {m.plora_a.shape[0] for m in self.modules() if isinstance(m, PLoRALinear)}
+        low_ranks = {m.plora_a.shape[0] for m in self.modules() if isinstance(m, PLoRALinear) and m.mode is not LowRankMode.none}
         for blocks in (self.vision.vit.blocks, self.decoder.layers):
             checkpoint_blocks(blocks, checkpointing, low_ranks)
             for block in blocks if compiled else ():
