@@ -224,14 +224,14 @@ def _publish(run: RunDir, partial: Path, name: str, state: TrainState, config: C
 
 def _newest_complete(run: RunDir) -> str | None:
     for folder in sorted(run.checkpoints.glob(f"{PREFIX}*"), reverse=True):
-        problem = _problem(folder)
-        if problem is None:
+        found = problem(folder)
+        if found is None:
             return folder.name
-        print(f"passed over checkpoint {folder.name}: {problem}", flush=True)
+        print(f"passed over checkpoint {folder.name}: {found}", flush=True)
     return None
 
 
-def _problem(folder: Path) -> str | None:
+def problem(folder: Path) -> str | None:
     """Why a checkpoint cannot be trusted, or None."""
     try:
         manifest = read_json(folder / "manifest.json")

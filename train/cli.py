@@ -48,6 +48,13 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("folder", type=Path, help="a run directory, or a folder of run directories (the stages of one model)")
     report.set_defaults(run=_report)
 
+    export = commands.add_parser(
+        "export", help="write a run as a Hugging Face directory", description=_EXPORT, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    export.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run directory, or RUN/checkpoints/step-N")
+    export.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist")
+    export.set_defaults(run=_export)
+
     prepare = commands.add_parser("prepare", help="compile what DeepSpeed needs, once a machine", description=_PREPARE)
     prepare.set_defaults(run=_prepare)
     return parser
@@ -63,6 +70,14 @@ with a checkpoint; `touch RUN/save` asks for one. docs/training.md says what wat
 Exit codes: 0 done; 1 crash; 2 your input, nothing was started or lost; 70 needs a person; 75 stopped, the same command goes on."""
 _EVALUATE = "Caption loss with the right image, a wrong one and none; retrieval among ten captions; greedy captions; text-only loss."
 _REPORT = "Collects metrics, stops, held-out figures and sample captions into one self-contained page."
+_EXPORT = """Writes weights as a Hugging Face directory with the names and config values of the released InternLM-XComposer2: safetensors
+shards with their index, tokenizer, config.json (its auto_map names the official modelling code), and a model card.
+
+  xc-train export runs/pretrain_7b hub/my-xcomposer2
+  xc-train export runs/pretrain_7b/checkpoints/step-00002000 hub/step-2000
+
+It says whether the frozen language model is bitwise what the stage began from, and where PLoRA's rank or scale are not what engines
+take for granted. The folder can be given as run.init_from again, bitwise (docs/weights.md)."""
 _PREPARE = """Compiles DeepSpeed's CPU communication kernel, once an environment: about a minute, with g++ and ninja, no CUDA compiler.
 xc-train run does it where it is missing; installers call it so that the minute is paid where it is seen. Nothing to do on GPUs."""
 
@@ -167,6 +182,13 @@ def _report(args: argparse.Namespace) -> int:
 
     page = write_report(args.folder)
     print(f"open {page.resolve()}")
+    return EXIT_DONE
+
+
+def _export(args: argparse.Namespace) -> int:
+    from train.weights.export import export
+
+    export(args.path, args.out)
     return EXIT_DONE
 
 

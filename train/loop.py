@@ -216,11 +216,13 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
 
 
 def build_model(config: Config, device: Device) -> XComposer2:
-    """The model with the stage's starting weights, on the device and in its number format."""
-    model = XComposer2(config.model, config.data.images.size, config.data.images.tokens)
+    """The model with the stage's starting weights, on the device and in its number format; the host holds a tensor at a time."""
+    with torch.device("meta"):
+        model = XComposer2(config.model, config.data.images.size, config.data.images.tokens)
+    model = model.to(device.dtype).to_empty(device=device.torch_device)
     initial.fill(model, config)
     model.apply_cost_settings(config.train.checkpointing, config.train.compile)
-    return model.to(device.torch_device, device.dtype)
+    return model
 
 
 def _open_data(config: Config, saved: TrainState | None) -> tuple[Data, TrainState | None, list[str]]:
