@@ -99,6 +99,22 @@ def test_the_time_limit_becomes_a_checkpoint_and_another_life(training, cluster,
 
 
 @pytest.mark.soak
+def test_ranks_that_do_not_hear_the_warning_are_ended_by_the_limit_and_the_job_comes_back(training, cluster, tmp_path):
+    probe = tmp_path / "deaf"
+    probe.write_text(
+        f"""#!/bin/bash
+trap '' USR2
+if [ -n "$SLURM_RESTART_COUNT" ]; then mkdir -p {tmp_path}/run/final; echo '{{}}' >{tmp_path}/run/final/manifest.json; exit; fi
+for i in $(seq 1000); do sleep 0.2; done
+"""
+    )
+    probe.chmod(0o755)
+    stage = training(python=str(probe), time="1", warn=20)
+    assert stage.wait_for_end(cluster, stage.submit(), 150) == "COMPLETED", stage.log()
+    assert len([a for a in stage.attempts() if a["event"] == "begin"]) == 2
+
+
+@pytest.mark.soak
 def test_stop_checkpoints_first_and_the_same_submit_goes_on(training, cluster, undisturbed):
     stage = training()
     stage.submit()
