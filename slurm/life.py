@@ -25,7 +25,6 @@ from train.run_dir import read_json
 
 EXIT_NO_PROGRESS = 71
 """The job stopped: life after life ended without a new checkpoint."""
-EXIT_EXCLUDE = 10
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -106,8 +105,12 @@ def of_job(attempts: Sequence[dict[str, Any]], job: str) -> list[dict[str, Any]]
 
 
 def stalled(attempts: Sequence[dict[str, Any]], newest: int) -> int:
-    """How many lives in a row, the newest last, began from the checkpoint that is still the newest."""
-    return sum(line["event"] == "begin" and line["checkpoint"] >= newest for line in attempts)
+    """How many lives in a row, the newest last, began from the checkpoint that is still the newest.
+
+    One that ended because preflight excluded a node does not count: there are only so many nodes.
+    """
+    events = [line["event"] for line in attempts if line["checkpoint"] >= newest]
+    return events.count("begin") - events.count("excluded")
 
 
 def _unsaid(code: int, logs: Path) -> dict[str, Any]:

@@ -28,6 +28,11 @@ def test_lives_count_until_one_leaves_a_new_checkpoint(checkpoints, newest, coun
     assert stalled(begins(*checkpoints), newest) == count
 
 
+def test_a_life_that_excluded_a_node_does_not_count():
+    lives = [{"event": event, "checkpoint": 0} for event in ("begin", "excluded", "begin", "end")]
+    assert stalled(lives, 0) == 1
+
+
 def measured(**changes):
     """What four fit nodes say; keyword arguments change node03."""
     fit = {
