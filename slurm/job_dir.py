@@ -81,7 +81,8 @@ def _copy_code(folder: Path) -> None:
     for name in PACKAGES:
         if (root / name).is_dir():
             shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    commit = _git(root, "rev-parse", "HEAD")
+    # An environment that lies inside some repository is no part of it.
+    commit = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() else ""
     changes = _git(root, "diff", "HEAD", "--", *(n for n in PACKAGES if (root / n).is_dir())) if commit else ""
     about: dict[str, Any] = {"commit": commit.strip() or None, "changed": bool(changes), "from": str(root)}
     (folder / "commit.json").write_text(json.dumps(about, indent=1))

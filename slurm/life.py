@@ -25,7 +25,6 @@ from train.run_dir import read_json
 
 EXIT_NO_PROGRESS = 71
 """The job stopped: life after life ended without a new checkpoint."""
-EXIT_EXCLUDE = 10
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -79,7 +78,7 @@ def end(job_dir: JobDir, settings: SlurmConfig, job: str, code: int) -> str:
     if (run.final / "manifest.json").exists():
         outcome = {"code": EXIT_DONE, "reason": "done", "step": newest}
     else:
-        outcome = run.read_outcome() or {"code": EXIT_CRASH, "reason": f"a rank was killed (srun ended with {code}; see {run.logs})"}
+        outcome = run.read_outcome() or _unsaid(code, run.logs)
         outcome.setdefault("step", int((read_json(run.heartbeat) or {}).get("step", 0)))
         if outcome["code"] == EXIT_DONE:  # a rank that says done has written final weights
             outcome = {**outcome, "code": EXIT_CRASH, "reason": "ranks ended before the final weights were written"}
@@ -106,8 +105,19 @@ def of_job(attempts: Sequence[dict[str, Any]], job: str) -> list[dict[str, Any]]
 
 
 def stalled(attempts: Sequence[dict[str, Any]], newest: int) -> int:
-    """How many lives in a row, the newest last, began from the checkpoint that is still the newest."""
-    return sum(line["event"] == "begin" and line["checkpoint"] >= newest for line in attempts)
+    """How many lives in a row, the newest last, began from the checkpoint that is still the newest.
+
+    One that ended because preflight excluded a node does not count: there are only so many nodes.
+    """
+    events = [line["event"] for line in attempts if line["checkpoint"] >= newest]
+    return events.count("begin") - events.count("excluded")
+
+
+def _unsaid(code: int, logs: Path) -> dict[str, Any]:
+    """How ranks ended that were killed before they could say it; the others may have ended with a code that they had agreed on."""
+    if code in (EXIT_NEEDS_PERSON, EXIT_TRY_AGAIN):
+        return {"code": code, "reason": f"ranks ended with code {code} (see {logs})"}
+    return {"code": EXIT_CRASH, "reason": f"a rank was killed (srun ended with {code}; see {logs})"}
 
 
 def _give_up(job_dir: JobDir, settings: SlurmConfig, reason: str) -> int:

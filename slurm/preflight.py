@@ -20,6 +20,7 @@ from slurm.config import SlurmConfig
 from slurm.job_dir import JobDir, newest_checkpoint
 
 EXIT_EXCLUDE = 10
+"""Requeue, without the nodes on stdout."""
 
 
 def judge_report(job_dir: JobDir, settings: SlurmConfig, job: str, report: Path) -> int:
@@ -41,6 +42,8 @@ def judge_report(job_dir: JobDir, settings: SlurmConfig, job: str, report: Path)
     file.parent.mkdir(parents=True, exist_ok=True)
     about = {"time": time.time(), "job": job, "run": str(job_dir.path)}
     jsonl.append(file, [{"node": node, "reason": reason, **about} for node, reason in found.items()])
+    newest = newest_checkpoint(job_dir.run)
+    jsonl.append(job_dir.attempts, [{"event": "excluded", "job": job, "time": time.time(), "checkpoint": newest, "nodes": list(found)}])
     print(",".join(dict.fromkeys([*settings.exclude, *(entry["node"] for entry in jsonl.read(file))])))
     return EXIT_EXCLUDE
 

@@ -10,7 +10,7 @@ import pytest
 TOP = Path(__file__).resolve().parents[1]
 PAGES = [TOP / "README.md", *sorted((TOP / "docs").glob("*.md")), TOP / "examples" / "demo" / "README.md"]
 README = PAGES[0].read_text()
-MODULES = {"xc-compose": "compose.cli", "xc-data": "data_pipeline.cli", "xc-train": "train.cli"}
+MODULES = {"xc-compose": "compose.cli", "xc-data": "data_pipeline.cli", "xc-slurm": "slurm.cli", "xc-train": "train.cli"}
 
 
 def commands(page: str, program: str) -> set[str]:

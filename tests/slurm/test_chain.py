@@ -10,6 +10,9 @@ from data_pipeline.errors import EXIT_USER
 FINISH = "finish() { mkdir final; echo '{}' >final/manifest.json; }"
 
 
+pytestmark = pytest.mark.soak
+
+
 @pytest.fixture
 def stages(slurm_stage, cluster, tmp_path):
     """Two stages, the second from the weights of the first; rank 0 of each runs the given lines of bash in its run directory."""

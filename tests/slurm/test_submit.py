@@ -62,7 +62,7 @@ def test_a_dry_run_prints_the_script_asks_sbatch_writes_nothing_and_needs_no_tor
     assert cluster.run("squeue", "--noheader") == ""
 
 
-def test_the_7b_job_on_16_nodes_of_8_gpus_is_only_refused_for_what_the_cluster_lacks(cluster, slurm_stage):
+def test_sbatch_takes_a_job_of_whole_nodes_with_all_their_gpus(cluster, slurm_stage):
     stage = slurm_stage(environment=cluster.environment, slurm={"gpus_per_node": 8, "cpus_per_rank": 14})
     assert stage.command("submit", str(stage.config), "slurm.nodes=4", "--dry-run").returncode == 0
 

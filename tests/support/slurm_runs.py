@@ -60,7 +60,7 @@ class SlurmStage:
     def train_without_slurm(self) -> None:
         """`xc-train run` on this machine, with as many ranks: what a job's result is compared with."""
         command = [sys.executable, "-m", "train.cli", "run", str(self.config), "--procs", "2"]
-        result = subprocess.run(command, env=self.environment, text=True, capture_output=True, timeout=240)
+        result = subprocess.run(command, env=self.environment, text=True, capture_output=True, timeout=600)
         assert result.returncode == 0, result.stderr
 
     def kill_rank(self, rank: int) -> None:
@@ -93,7 +93,7 @@ class SlurmStage:
         file = self.run.logs / "slurm.log"
         return file.read_text() if file.exists() else "(no slurm.log)"
 
-    def wait_for_step(self, step: int, seconds: float = 150) -> None:
+    def wait_for_step(self, step: int, seconds: float = 300) -> None:
         """Until `metrics.jsonl` shows it."""
         self.wait(lambda: step in self.losses(), seconds, f"step {step}")
 
