@@ -78,3 +78,13 @@ def test_given_pictures_are_ranked_by_their_names(tmp_path):
     find = among(given, 2)
     assert find("a ship in the harbour", set())[0].name == "fishing_boat.jpg"
     assert given[2] not in find("a ship in the harbour", {given[2].digest})
+
+
+def test_with_an_inverted_file_index_the_same_pictures_are_found(demo, collection, tmp_path, monkeypatch):
+    monkeypatch.setattr("compose.collection.INDEX_FROM", 100)
+    build(demo.source("heldout/unseen_picture/test"), tmp_path / "indexed")
+    indexed, exact = Collection(tmp_path / "indexed"), Collection(collection)
+    assert len(list(indexed._table.list_indices())) == 1
+    assert not list(exact._table.list_indices())
+    for text in ("the sun is shining", "a bird", "person walking"):
+        assert {e.name for e in indexed.search(text, 5)} == {e.name for e in exact.search(text, 5)}
