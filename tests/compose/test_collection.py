@@ -68,9 +68,14 @@ def test_what_is_no_collection_or_gives_none_is_refused_and_leaves_nothing(demo,
     assert "exists" in refused(demo.source("pairs"), tmp_path / "empty")
     with pytest.raises(UserError, match="is no collection"):
         Collection(tmp_path / "empty")
-    (tmp_path / "empty" / FACTS).write_text(json.dumps({"embedder": "another", "pictures": 1}))
+    (tmp_path / "empty" / FACTS).write_text(json.dumps({"embedder": "another", "pictures": 1, "of": str(tmp_path)}))
     with pytest.raises(UserError, match="was embedded by another"):
         Collection(tmp_path / "empty")
+    picture(tmp_path / "moved" / "a.png")
+    build(tmp_path / "moved", tmp_path / "c")
+    (tmp_path / "moved").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"its pictures lay in .*moved, which is gone"):
+        Collection(tmp_path / "c")
 
 
 def test_given_pictures_are_ranked_by_their_names(tmp_path):
