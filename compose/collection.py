@@ -110,6 +110,8 @@ class Collection:
             raise UserError(f"{folder.absolute()} is no collection (make one: xc-compose collection build FOLDER -o C)") from None
         if facts.get("embedder") != embed.NAME:
             raise UserError(f"{folder.absolute()} was embedded by {facts.get('embedder')}, not {embed.NAME} (build it anew)")
+        if not Path(facts["of"]).is_dir():
+            raise UserError(f"{folder.absolute()}: its pictures lay in {facts['of']}, which is gone (build it anew)")
         self.size: int = facts["pictures"]
         self._table = lancedb.connect(folder).open_table(TABLE)
         self._sources: dict[str, ShardSource] = {}

