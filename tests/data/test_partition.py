@@ -8,7 +8,7 @@ from math import ceil, floor
 import numpy as np
 import pytest
 import torch
-from demo_data import SEED, data_config, run, same_step
+from demo_data import COSTS, SEED, data_config, run, same_step
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -16,9 +16,10 @@ from plan_strategies import ArraySource
 from tars import make_document, make_image, write_tar
 
 from data_pipeline.batch import Segment, assemble
-from data_pipeline.config import DataConfig, ImageConfig, ImageDecoder, ImageRule, MixUnit, SourceConfig
+from data_pipeline.config import DataConfig, ImageConfig, ImageDecoder, ImageRule, SourceConfig
 from data_pipeline.errors import UserError
 from data_pipeline.inspect.packs import Viewer, walk
+from data_pipeline.inspect.simulate import _Walk
 from data_pipeline.loader import image_policy, open_data
 from data_pipeline.plan import partition
 from data_pipeline.plan.columns import ELEMENT
@@ -95,16 +96,17 @@ def test_the_layout_reads_as_the_picture_does(grid, line):
 @given(sizes=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), max_size=4), most=st.integers(1, 7))
 def test_planned_is_rendered_is_laid_out(demo_tokenizer, sizes, most):
     config = ImageConfig(size=SIDE, tokens=TOKENS, policy=ImageRule.partition, most_tiles=most)
-    policy, elements, records = image_policy(config), [], []
+    words = (len(demo_tokenizer.encode("red apple")), 0, 0)
+    policy, elements, records = image_policy(config), [TextElement("red apple")], [words]
     for width, height in sizes:
         elements += [ImageElement(make_image(width, height)), TextElement("red apple")]
-        records += [(0, *image_size(elements[-2].data)), (len(demo_tokenizer.encode("red apple")), 0, 0)]
+        records += [(0, *image_size(elements[-2].data)), words]
     columns = np.array(records, ELEMENT)
     rendered = render(elements, whole(elements), demo_tokenizer, lambda image: image_tokens(image.data, config))
     assert len(rendered.ids) == 2 + int((columns["tokens"] + policy.image_tokens(columns)).sum())
-    pictures = [load(element.data, config, None) for element in elements[::2]]
+    pictures = [load(element.data, config, None) for element in elements[1::2]]
     segment = Segment(rendered, tuple(t for p in pictures for t in p.tiles), 0, 0, tuple(p.grid for p in pictures))
-    batch = assemble([segment, Segment(render(elements[1:2], whole(elements[1:2]), demo_tokenizer, 0), (), 0, 1)], SIDE, TOKENS, 1)
+    batch = assemble([segment, Segment(render(elements[:1], whole(elements[:1]), demo_tokenizer, 0), (), 0, 1)], SIDE, TOKENS, 1)
     M, V = int(policy.tiles(columns).sum()), int(policy.image_tokens(columns).sum())
     assert batch.image_count == len(sizes)
     if not sizes:  # the dummy: one tile, in the padding
@@ -196,7 +198,7 @@ def test_batches_hold_what_was_planned_and_do_not_depend_on_the_workers(partitio
     assert all(same_step(a, b) for a, b in zip(alone, with_workers, strict=True))
 
 
-def test_the_page_shows_pictures_put_together_and_the_simulation_counts_their_tokens(partitioned, tmp_path):
+def test_the_page_shows_pictures_put_together(partitioned):
     data = open_data(partitioned, SEED)
     viewer = Viewer(Materialiser(data.sources, data.tokenizer, POLICY, SEED))
     at, pieces = next(walk(data.plan, Cursor(0, 0)))
@@ -206,6 +208,13 @@ def test_the_page_shows_pictures_put_together_and_the_simulation_counts_their_to
     assert [part.shown for part in parts] == [f"{c * SIDE} x {r * SIDE}" for r, c in batch.image_grid.tolist()]
     for part, (rows, columns) in zip(parts, batch.image_grid.tolist(), strict=True):
         assert grid_of(*map(int, part.size.split(" x ")), POLICY.most_tiles, SIDE) == (rows, columns)
+
+
+def test_the_simulation_counts_the_image_tokens_of_the_batches(partitioned):
+    walked = list(_Walk(partitioned, open_data(partitioned, SEED), 1, COSTS).steps(99))
+    for step, found in zip(walked, run(partitioned), strict=True):
+        tokens = sum(len(m.batch.image_index) for m in found.micro_batches if m.batch.image_count)
+        assert step.image_tokens == (tokens, tokens)
 
 
 def test_the_policy_enters_the_digest_and_squares_keep_theirs(demo):
@@ -226,7 +235,6 @@ def test_shares_of_tokens_count_the_images_own_sizes(monkeypatch):
     monkeypatch.setattr(partition, "SAMPLED", 1000)
     monkeypatch.setattr(partition, "RUN", 20)
     assert policy.total_tokens(source) == pytest.approx(exact, rel=0.03)
-    assert open_data is not None and MixUnit.tokens
 
 
 @pytest.mark.parametrize(
