@@ -12,7 +12,7 @@ from compose.pictures import Picture
 from data_pipeline.batch import Segment
 from data_pipeline.config import ImageConfig
 from data_pipeline.errors import UserError
-from data_pipeline.read.images import load_square
+from data_pipeline.read import images
 from data_pipeline.samples import AnswerEndElement, Element, ImageElement, Role, TextElement, TurnElement
 from data_pipeline.text.templates import Bounds, Rendered, chat_format, render
 from data_pipeline.text.tokenizer import Tokenizer
@@ -98,10 +98,15 @@ class Assistant:
         pictures = [part for turn in turns for part in turn.parts if isinstance(part, Picture)]
         if pictures:
             self.require_sight()
-        return Segment(self._render(_elements(turns)), tuple(load_square(p.data, self.images, None) for p in pictures), 0, 0)
+        seen = [images.load(picture.data, self.images, None) for picture in pictures]
+        tiles = tuple(tile for picture in seen for tile in picture.tiles)
+        return Segment(self._render(_elements(turns)), tiles, 0, 0, tuple(grid for picture in seen for grid in picture.grids))
 
     def _render(self, elements: Sequence[Element]) -> Rendered:
-        return render(elements, Bounds(0, 0, len(elements), 0, last=False), self.tokenizer, self.images.tokens)
+        return render(elements, Bounds(0, 0, len(elements), 0, last=False), self.tokenizer, self._image_tokens)
+
+    def _image_tokens(self, element: ImageElement) -> int:
+        return images.image_tokens(element.data, self.images)
 
 
 def ask(*parts: str | Picture) -> list[Turn]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline.plan.partition import NEWLINE, Grid, layout
 from data_pipeline.text.templates import Rendered
 
 IGNORE = -100
@@ -22,9 +23,9 @@ PADDING_SOURCE = -1
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch: packs laid end to end. T tokens, S segments (the last is padding), M images, V image tokens, L targets.
+    """One micro-batch: packs laid end to end. T tokens, S segments (the last is padding), M tiles, V image tokens, L targets.
 
-    T and L are rounded up to buckets, so that shapes repeat; V is a multiple of the tokens of an image.
+    T and L are rounded up to buckets, so that shapes repeat. An image is one tile, or of policy `partition` several.
     """
 
     input_ids: Tensor
@@ -34,11 +35,14 @@ class PackedBatch:
     cu_seqlens: Tensor
     """[S+1] int32; segment borders, cu_seqlens[-1] == T."""
     images: Tensor
-    """[M, 3, H, W] uint8; normalised on the device."""
+    """[M, 3, H, W] uint8; normalised on the device. Of a partitioned image first the global view, then its tiles, row by row."""
     image_grid: Tensor
-    """[M, 2] int64; tiles of each image, rows then columns."""
+    """[images, 2] int64; tiles of each image, rows then columns, its global view not counted."""
     image_index: Tensor
-    """[V] int64; packed positions of the projected features, in order; those of a dummy image point into the padding segment."""
+    """[V] int64; packed positions of the image tokens, in order; those of a dummy image point into the padding segment."""
+    image_rows: Tensor
+    """[V] int64; what is placed there: a row of the projected features of all tiles, the newline behind the last of them, or the
+    separator behind that. Of squares each row in its turn."""
     target_index: Tensor
     """[L] int64; positions whose next token is supervised."""
     targets: Tensor
@@ -55,6 +59,8 @@ class PackedBatch:
     """Targets that are not `IGNORE`."""
     image_count: int
     """Images that are not the dummy."""
+    image_lengths: tuple[int, ...]
+    """Tokens of each image, the dummy's too, as Python ints."""
 
     @property
     def max_seqlen(self) -> int:
@@ -92,9 +98,11 @@ class Segment:
 
     rendered: Rendered
     pixels: tuple[np.ndarray, ...]
-    """One [3, H, W] uint8 an image."""
+    """One [3, H, W] uint8 a tile, image after image."""
     source: int
     sample: int
+    grids: tuple[Grid, ...] = ()
+    """Of partitioned images, rows and columns of each; none where an image is one tile."""
 
 
 T_BUCKET = 16
@@ -106,7 +114,8 @@ L_BUCKET = 64
 def assemble(segments: Sequence[Segment], image_size: int, image_tokens: int, pad_id: int, room: np.ndarray | None = None) -> PackedBatch:
     """Lays segments end to end and closes with the padding segment; no segment at all gives an empty pack.
 
-    `room` [at least M, 3, H, W] uint8 is where the images are laid; new memory by default.
+    `image_size` and `image_tokens` are those of one tile. `room` [at least M, 3, H, W] uint8 is where the tiles are laid; new memory by
+    default.
     """
     rendered = [s.rendered for s in segments]
     lengths = [len(r.ids) for r in rendered]
@@ -130,17 +139,21 @@ def assemble(segments: Sequence[Segment], image_size: int, image_tokens: int, pa
 
     pixels = [p for s in segments for p in s.pixels]
     image_index = _concatenate([r.image_positions + starts[i] for i, r in enumerate(rendered)])
-    image_count = len(pixels)
+    image_rows, image_lengths = _image_rows(segments, image_tokens)
+    grids = [grid for s in segments for grid in s.grids or [(1, 1)] * len(s.pixels)]
+    image_count = len(image_lengths)
     if not pixels:
         pixels = [np.zeros((3, image_size, image_size), np.uint8)]
-        image_index = np.full(image_tokens, padding_at)
+        image_index, image_rows = np.full(image_tokens, padding_at), np.arange(image_tokens)
+        image_lengths, grids = [image_tokens], [(1, 1)]
     return PackedBatch(
         input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
         images=torch.from_numpy(np.stack(pixels, out=None if room is None else room[: len(pixels)])),
-        image_grid=torch.ones(len(pixels), 2, dtype=torch.int64),
+        image_grid=torch.tensor(grids, dtype=torch.int64),
         image_index=torch.from_numpy(image_index),
+        image_rows=torch.from_numpy(image_rows),
         target_index=torch.from_numpy(_fill(target_index, L, padding_at)),
         targets=torch.from_numpy(targets),
         target_segment=torch.from_numpy(_fill(owner, L, len(segments))),
@@ -149,7 +162,19 @@ def assemble(segments: Sequence[Segment], image_size: int, image_tokens: int, pa
         segment_lengths=tuple(lengths),
         supervised=supervised,
         image_count=image_count,
+        image_lengths=tuple(image_lengths),
     )
+
+
+def _image_rows(segments: Sequence[Segment], tile_tokens: int) -> tuple[np.ndarray, list[int]]:
+    """int64 row that goes to each image token, newline and separator behind the rows of all tiles; and the tokens of each image."""
+    rows, used, total = [], 0, sum(len(s.pixels) for s in segments) * tile_tokens
+    for segment in segments:
+        for of_image in [layout(grid, tile_tokens) for grid in segment.grids] or [np.arange(tile_tokens)] * len(segment.pixels):
+            features = of_image >= 0
+            rows.append(np.where(features, used + of_image, total + NEWLINE - of_image))
+            used += int(features.sum())
+    return _concatenate(rows), [len(of_image) for of_image in rows]
 
 
 def _round_up(value: int, bucket: int) -> int:

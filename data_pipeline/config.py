@@ -74,20 +74,33 @@ class SourceConfig:
     """Error budget."""
 
 
+class ImageRule(Enum):
+    """How an image is brought to the ViT's square."""
+
+    square = "square"  # resized to one square tile, whatever its shape
+    partition = "partition"  # 4KHD: a global view and a grid of square tiles after its shape, with newlines and a separator
+
+
 @dataclass
 class ImageConfig:
-    """How an image becomes tokens. Policy `square`: every image is resized to one square tile."""
+    """How an image becomes tokens."""
 
     size: int = 490
-    """Side of the square in pixels (paper: 490; composition: 224)."""
+    """Side of a square tile in pixels (paper: 490; composition: 224; 4KHD: 336)."""
     tokens: int = 1225
-    """Tokens of one image after patching and merging: (size / patch / merge) squared."""
+    """Tokens of one tile after patching and merging: (size / patch / merge) squared. A partitioned image of rows x columns tiles takes
+    (rows x columns + 1) x tokens + 1 + (rows + 1) x sqrt(tokens)."""
     crop: float = 0.0
     """Augmentation: largest share of a side that a random crop removes. 0 = none, our default: the paper states none."""
     jitter: float = 0.0
     """Augmentation: largest relative change of brightness, contrast and saturation. 0 = none."""
     decoder: ImageDecoder = ImageDecoder.fast
     """`fast` or `pil`. Enters the plan digest, since it changes pixels."""
+    policy: ImageRule = ImageRule.square
+    """`square` or `partition`; `partition` needs `model.projector.marks`."""
+    most_tiles: int = 25
+    """Policy `partition`: most tiles of an image, its global view not counted; the larger, the finer images are seen. 25 is the most
+    whose images fit the paper's context of 4096 (4KHD goes up to 55, with a context of 16384)."""
 
 
 @dataclass

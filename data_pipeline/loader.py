@@ -8,18 +8,21 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from math import isqrt
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from data_pipeline.batch import PackedBatch
-from data_pipeline.config import DataConfig, as_plain
+from data_pipeline.config import DataConfig, ImageConfig, ImageRule, as_plain
 from data_pipeline.errors import TryAgainError, UserError
 from data_pipeline.plan.balance import EMPTY, CostModel, assign, cost
 from data_pipeline.plan.columns import Budgets, ImagePolicy
 from data_pipeline.plan.origin import Origin
+from data_pipeline.plan.partition import PartitionPolicy
 from data_pipeline.plan.phases import Phase
 from data_pipeline.plan.plan import Cursor, Packs, Plan
 from data_pipeline.plan.split import Pieces
@@ -111,7 +114,8 @@ def open_data(config: DataConfig, seed: int, steps: int | None = None, origin: O
     ]
     for source in sources:
         source.require_tokenizer(tokenizer.digest)
-    needed = config.images.tokens + templates.OVERHEAD
+    policy = image_policy(config.images)
+    needed = policy.most_tokens + templates.OVERHEAD
     if needed > config.context and any(s.images for s in sources):
         raise UserError(f"data.context: {config.context} tokens do not hold an image of {needed} (raise data.context)")
     try:
@@ -120,12 +124,12 @@ def open_data(config: DataConfig, seed: int, steps: int | None = None, origin: O
             [_weight(f"sources.{name}.weight", source.weight) for name, source in config.sources.items()],
             config.unit.value,
             Budgets(config.context, config.images_per_pack, config.segments_per_pack),
-            ImagePolicy(config.images.tokens),
+            policy,
             [templates.OVERHEAD] * len(sources),
             config.window,
             config.global_batch,
             seed,
-            extra_digest=f"{tokenizer.digest} {templates.VERSION} {as_plain(config.images)}",
+            extra_digest=f"{tokenizer.digest} {templates.VERSION} {_image_settings(config.images)}",
             later=_phases(config),
             steps=steps,
             origin=origin or Origin(),
@@ -133,6 +137,27 @@ def open_data(config: DataConfig, seed: int, steps: int | None = None, origin: O
     except ValueError as error:
         raise UserError(f"data: {error} (mend the data section)") from None
     return Data(sources, tokenizer, plan)
+
+
+def image_policy(images: ImageConfig) -> ImagePolicy:
+    """How the plan counts images.
+
+    Raises:
+        UserError: a partition that counts nothing.
+    """
+    if images.policy is ImageRule.square:
+        return ImagePolicy(images.tokens)
+    if isqrt(images.tokens) ** 2 != images.tokens:
+        raise UserError(f"data.images.tokens: {images.tokens} tokens of a tile are no square (give (size / patch / merge) squared)")
+    if images.most_tiles < 1:
+        raise UserError(f"data.images.most_tiles is {images.most_tiles} (give at least 1)")
+    return PartitionPolicy(images.tokens, images.size, images.most_tiles)
+
+
+def _image_settings(images: ImageConfig) -> dict[str, Any]:
+    """What of `data.images` shapes batches; squares have the digest that they had before there was a choice."""
+    found = as_plain(images)
+    return {k: v for k, v in found.items() if images.policy is not ImageRule.square or k not in ("policy", "most_tiles")}
 
 
 def _phases(config: DataConfig) -> list[Phase]:
@@ -274,7 +299,7 @@ class Loader:
 
 
 def _most_images(config: DataConfig, data: Data) -> int:
-    """Images that a micro-batch can hold; one, the dummy, where no source has any."""
+    """Tiles that a micro-batch can hold; one, the dummy, where no source has any."""
     if not any(source.images for source in data.sources):
         return 1
     return config.micro_packs * max(1, min(config.images_per_pack, config.context // config.images.tokens))

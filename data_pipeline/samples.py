@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 PLACEHOLDER = "<ImageHere>"
@@ -22,6 +22,8 @@ PIXEL_LIMIT = 178_000_000
 Image.MAX_IMAGE_PIXELS = None  # `require_size` stands before every decode, and names the size that it refuses
 SCAN_LIMIT = 100
 """Most scans of a JPEG, each of which goes over the whole picture for a few bytes; progressive ones that are meant well have ten or so."""
+LYING = (5, 6, 7, 8)
+"""EXIF orientations that swap width and height."""
 TEXT_LIMIT = 1 << 22
 """Largest text or JSON member in bytes: a long novel; as tokens or as objects it takes hundreds of times the memory."""
 ELEMENT_LIMIT = 10_000
@@ -125,14 +127,14 @@ def guess_kind(members: Mapping[str, bytes]) -> Kind | None:
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Width and height in pixels, read from the header alone; as stored, before any EXIF rotation.
+    """Width and height in pixels as a person sees the image (EXIF orientation applied), read from the header alone.
 
     Raises:
         BadSample: not an image, larger than `PIXEL_LIMIT`, or of more than `SCAN_LIMIT` scans.
     """
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-            width, height = image.size
+            width, height = upright_size(image)
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001  Pillow's plugins raise whatever hostile bytes lead them to (struct.error, KeyError, ...)
@@ -142,6 +144,20 @@ def image_size(data: bytes) -> tuple[int, int]:
     if scans > SCAN_LIMIT:
         raise BadSample(f"image too large: {width}x{height} in {scans} scans")
     return width, height
+
+
+def orientation(image: Image.Image) -> int | None:
+    """EXIF orientation of an opened image, by what stands before its pixels; None where it has none."""
+    try:
+        return Image.Image.getexif(image).get(ExifTags.Base.Orientation)  # a PNG's own would decode the picture to look behind it
+    except Exception:  # noqa: BLE001  an EXIF block that cannot be read orients nothing; the pixels are sound
+        return None
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an opened image once it is turned upright."""
+    lying = image.format != "TIFF" and orientation(image) in LYING  # Pillow turns TIFF itself
+    return (image.height, image.width) if lying else image.size
 
 
 def require_size(width: int, height: int) -> None:

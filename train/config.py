@@ -82,6 +82,8 @@ class ProjectorConfig:
 
     merge: int = 1
     """Side of the square of neighbouring patches that are concatenated into one image token (paper: 1; 4KHD: 2)."""
+    marks: bool = False
+    """Learned newline and separator embeddings between the tokens of an image, which data.images.policy `partition` places (4KHD)."""
 
 
 class RopeKind(Enum):

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 
 from data_pipeline import configure
-from data_pipeline.config import Change, MixUnit
+from data_pipeline.config import Change, ImageRule, MixUnit
 from data_pipeline.errors import UserError
 from train.config import Config, DeepSpeedConfig, OffloadTo, Schedule
 
@@ -105,6 +105,8 @@ def _check(config: Config, where: str) -> None:
             f"{where}: data.images.tokens: an image of {images.size} px in cells of {cell} px makes {tokens} tokens, not {images.tokens} "
             f"(set data.images.tokens={tokens})"
         )
+    if images.policy is ImageRule.partition and not config.model.projector.marks:
+        raise UserError(f"{where}: data.images.policy: partition places a newline and a separator (set model.projector.marks=true)")
     decoder = config.model.decoder
     if decoder.hidden % decoder.heads or decoder.heads % decoder.kv_heads:
         raise UserError(f"{where}: model.decoder: heads must divide hidden, and kv_heads must divide heads (change one of them)")

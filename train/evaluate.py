@@ -20,7 +20,7 @@ from PIL import Image
 
 from data_pipeline.batch import PackedBatch, Segment, assemble
 from data_pipeline.errors import UserError
-from data_pipeline.read.images import load_square
+from data_pipeline.read.images import Picture, load
 from data_pipeline.read.materialise import Materialiser
 from data_pipeline.samples import ImageElement, TextElement
 from data_pipeline.shards.source import ShardSource
@@ -134,7 +134,7 @@ class Scorer:
                 "generated_right": bool(exact[i]),
                 "retrieved": items[i]["candidates"][chosen[i]],
                 "retrieved_right": bool(hits[i]),
-                "image": _data_uri(pixels[items[i]["key"]]),
+                "image": _data_uri(pixels[items[i]["key"]].whole()),
             }
             for i in by_hash[: self.config.evaluate.samples]
         ]
@@ -201,31 +201,33 @@ class Scorer:
         end = self.tokenizer.end
         return [(assemble(g, self.images.size, self.images.tokens, end).to(device), len(g)) for g in groups]
 
-    def _segment(self, caption: str, pixels: np.ndarray | None) -> Segment:
+    def _segment(self, caption: str, picture: Picture | None) -> Segment:
         """A caption behind its picture, or alone."""
-        elements = [TextElement(caption)] if pixels is None else [ImageElement(b""), TextElement(caption)]
-        rendered = render(elements, whole(elements), self.tokenizer, self.images.tokens)
-        return Segment(rendered, () if pixels is None else (pixels,), 0, 0)
+        if picture is None:
+            words = [TextElement(caption)]
+            return Segment(render(words, whole(words), self.tokenizer, 0), (), 0, 0)
+        elements = [ImageElement(b""), TextElement(caption)]
+        return Segment(render(elements, whole(elements), self.tokenizer, picture.tokens), picture.tiles, 0, 0, picture.grids)
 
-    def _retrieve(self, items: list[dict[str, Any]], pixels: dict[str, np.ndarray]) -> list[int]:
+    def _retrieve(self, items: list[dict[str, Any]], pixels: dict[str, Picture]) -> list[int]:
         """The candidate caption with the greatest summed likelihood, for each picture."""
         segments = [self._segment(caption, pixels[item["key"]]) for item in items for caption in item["candidates"]]
         nll = self.score(segments).nll
         borders = np.cumsum([len(item["candidates"]) for item in items])[:-1]
         return [int(part.argmin()) for part in np.split(nll, borders)]
 
-    def _greedy(self, pixels: list[np.ndarray]) -> list[str]:
+    def _greedy(self, pixels: list[Picture]) -> list[str]:
         captions = []
         for first in range(0, len(pixels), GREEDY_BATCH):
             part = pixels[first : first + GREEDY_BATCH]
-            captions += greedy_captions(self.model, part, self.tokenizer, self.images.tokens, GREEDY_TOKENS)
+            captions += greedy_captions(self.model, part, self.tokenizer, GREEDY_TOKENS)
         return captions
 
     def _normal(self, caption: str) -> str:
         """A caption as the tokenizer would write it."""
         return self.tokenizer.decode(self.tokenizer.encode(caption))
 
-    def _read_split(self, name: str, folder: Path) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    def _read_split(self, name: str, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Picture]]:
         source = self._open(name, folder)
         items = json.loads((folder / "candidates.json").read_text())["items"]
         rows = {key: row for row, key in enumerate(source.keys())}
@@ -235,7 +237,7 @@ class Scorer:
             if key not in rows:
                 raise UserError(f"evaluate.splits.{name}: candidates.json names {key}, which {folder} does not hold (rebuild the split)")
             image = next(e for e in reader.elements(0, rows[key]) if isinstance(e, ImageElement))
-            pixels[key] = load_square(image.data, self.images, None)
+            pixels[key] = load(image.data, self.images, None)
         return items, pixels
 
     def _open(self, name: str, folder: Path) -> ShardSource:

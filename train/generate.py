@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import PackedBatch, Segment, assemble
+from data_pipeline.read.images import Picture
 from data_pipeline.text.templates import Rendered
 from data_pipeline.text.tokenizer import Tokenizer
 from train.model.attention import Segments, varlen_attention
@@ -148,12 +149,16 @@ def generate(
     return [Answer(ids, end) for ids, end in zip(written, ended, strict=True)]
 
 
-def greedy_captions(model: XComposer2, pixels: Sequence[np.ndarray], tokenizer: Tokenizer, image_tokens: int, max_tokens: int) -> list[str]:
-    """The likeliest words after each picture and nothing else; `pixels` are [3, H, W] uint8. A fixed number of steps."""
-    ids = np.asarray([tokenizer.begin, *[tokenizer.end] * image_tokens], np.int64)
-    rendered = Rendered(ids, np.zeros(len(ids), bool), np.arange(1, 1 + image_tokens), (0,))
-    prompts = [Segment(rendered, (image,), 0, 0) for image in pixels]
+def greedy_captions(model: XComposer2, pictures: Sequence[Picture], tokenizer: Tokenizer, max_tokens: int) -> list[str]:
+    """The likeliest words after each picture and nothing else. A fixed number of steps."""
+    prompts = [_after(picture, tokenizer) for picture in pictures]
     return [tokenizer.decode(a.ids) for a in generate(model, prompts, tokenizer, max_tokens, fixed_steps=True)]
+
+
+def _after(picture: Picture, tokenizer: Tokenizer) -> Segment:
+    ids = np.asarray([tokenizer.begin, *[tokenizer.end] * picture.tokens], np.int64)
+    rendered = Rendered(ids, np.zeros(len(ids), bool), np.arange(1, 1 + picture.tokens), (0,))
+    return Segment(rendered, picture.tiles, 0, 0, picture.grids)
 
 
 def _cache(prompts: Sequence[Segment], max_tokens: int) -> KeyValueCache:

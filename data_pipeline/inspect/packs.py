@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+import numpy as np
 import pyarrow as pa
 from PIL import Image
-from torch import Tensor
 
 from data_pipeline.batch import PackedBatch, Segment
 from data_pipeline.plan.plan import Cursor, Plan
 from data_pipeline.plan.split import Pieces
+from data_pipeline.read.images import put_together
 from data_pipeline.read.ledger import BadEntry
 from data_pipeline.read.materialise import Materialiser
 from data_pipeline.shards.source import ShardSource
@@ -34,7 +35,9 @@ class Part:
     """Words; the name of a special token; the data URI of an image."""
     tokens: int
     size: str = ""
-    """Of an image: its pixels as stored."""
+    """Of an image: its pixels, upright."""
+    shown: str = ""
+    """Of an image: its pixels as the model sees it."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ class Viewer:
 
 
 def _image_sizes(source: ShardSource, pieces: Pieces, i: int) -> list[str]:
-    """Width x height, as stored, of the images of a piece."""
+    """Width x height, upright, of the images of a piece."""
     _, elements = source.elements(pieces.row[i : i + 1])
     own = elements[int(pieces.start_element[i]) : int(pieces.end_element[i]) + 1]
     return [f"{e['width']} x {e['height']}" for e in own if e["width"]]
@@ -158,16 +161,15 @@ def _segment_parts(batch: PackedBatch, tokenizer: Tokenizer, pictures: bool) -> 
     """What each segment of the batch shows, padding left out."""
     ids = batch.input_ids.tolist()
     predicted = {p + 1 for p in batch.target_index[: batch.supervised].tolist()}
-    each = len(batch.image_index) // len(batch.images)
-    image_rows = batch.image_index.tolist() if batch.image_count else []
-    image_at = {position: row // each for row, position in enumerate(image_rows)}
+    numbers = [number for number, length in enumerate(batch.image_lengths) for _ in range(length)] if batch.image_count else []
+    image_at = dict(zip(batch.image_index.tolist(), numbers, strict=False))
+    images = _pictures(batch)
     borders = batch.cu_seqlens.tolist()
     segments = []
     for i in range(len(borders) - 2):
         positions = range(borders[i], borders[i + 1])
         marks = [_mark(p, ids[p], p in predicted, image_at, tokenizer) for p in positions]
-        images = batch.images if pictures else None
-        segments.append([_part(run, [ids[p] for p in run], mark, images, tokenizer) for run, mark in _runs(positions, marks)])
+        segments.append([_part(run, [ids[p] for p in run], mark, images, tokenizer, pictures) for run, mark in _runs(positions, marks)])
     return segments
 
 
@@ -192,15 +194,25 @@ def _runs(positions: Sequence[int], marks: Sequence[Mark]) -> Iterator[tuple[lis
             run = []
 
 
-def _part(run: Sequence[int], ids: list[int], mark: Mark, images: Tensor | None, tokenizer: Tokenizer) -> Part:
+def _pictures(batch: PackedBatch) -> list[np.ndarray]:
+    """[3, H, W] of each image: its tiles put together, its global view left out."""
+    grids = [(rows, columns) for rows, columns in batch.image_grid.tolist()]
+    counts = [rows * columns for rows, columns in grids]
+    views = (len(batch.images) - sum(counts)) // len(grids)  # 1 where images are partitioned, else 0
+    tiles = batch.images.split([views + count for count in counts])
+    return [put_together(of_image[views:].numpy(), grid) for of_image, grid in zip(tiles, grids, strict=True)]
+
+
+def _part(run: Sequence[int], ids: list[int], mark: Mark, images: list[np.ndarray], tokenizer: Tokenizer, pictures: bool) -> Part:
     kind, supervised, number = mark
     if kind == "image":
-        return Part(kind, supervised, "" if images is None else _data_uri(images[number]), len(run))
+        _, height, width = images[number].shape
+        return Part(kind, supervised, _data_uri(images[number]) if pictures else "", len(run), shown=f"{width} x {height}")
     return Part(kind, supervised, tokenizer.special[ids[0]] if kind == "special" else tokenizer.decode(ids), len(run))
 
 
-def _data_uri(pixels_3HW: Tensor) -> str:
+def _data_uri(pixels_3HW: np.ndarray) -> str:
     """The pixels as they are: lossless."""
     out = io.BytesIO()
-    Image.fromarray(pixels_3HW.numpy().transpose(1, 2, 0)).save(out, "WEBP", lossless=True, method=1)
+    Image.fromarray(pixels_3HW.transpose(1, 2, 0)).save(out, "WEBP", lossless=True, method=1)
     return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()

@@ -4,6 +4,7 @@ Invariant: nothing here reads a file; a `PlanSource` is immutable, so that the s
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Protocol
 
 import numpy as np
@@ -39,7 +40,17 @@ class ImagePolicy:
     """How an image becomes tokens: resized to one square tile, whatever its size."""
 
     tokens: int
-    """Tokens of one image."""
+    """Tokens of one tile."""
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the image that takes most."""
+        return self.tokens
+
+    @property
+    def most_tiles(self) -> int:
+        """Tiles of the image that takes most."""
+        return 1
 
     def image_tokens(self, elements: np.ndarray) -> np.ndarray:
         """int64 tokens that each element takes as an image; 0 for text."""
@@ -48,6 +59,10 @@ class ImagePolicy:
     def tiles(self, elements: np.ndarray) -> np.ndarray:
         """int64 tiles of each element, which is what the image budget counts; 0 for text."""
         return (elements["width"] > 0).astype(np.int64)
+
+    def total_tokens(self, source: PlanSource) -> Fraction:
+        """Image tokens of all kept samples of a source."""
+        return Fraction(int(source.images) * self.tokens)
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,7 @@ class Plan:
         self._sources, self._unit, self._budgets, self._policy = list(sources), unit, budgets, policy
         self._overhead, self._draws, self._batch_packs, self._seed = list(overhead), window, global_batch, seed
         self._orders = [EpochOrder(source, seed, source_id(source.name)) for source in sources]
+        self._image_tokens = [policy.total_tokens(source) if unit == "tokens" else Fraction(0) for source in sources]
         self._cache: dict[int, Window] = {}
         self._cache_lock, self._planning = Lock(), Lock()
         self._base = [origin.ordinals.get(source.name, 0) for source in sources]
@@ -221,8 +222,8 @@ class Plan:
         """The rates of `weights` from window `begin` on."""
         sizes = [order.samples for order in self._orders]
         mean_tokens = [
-            Fraction(int(source.text_tokens) + int(source.images) * self._policy.tokens, max(1, size))
-            for source, size in zip(self._sources, sizes, strict=True)
+            (int(source.text_tokens) + image_tokens) / max(1, size)
+            for source, image_tokens, size in zip(self._sources, self._image_tokens, sizes, strict=True)
         ]
         shares = mix.shares(self._unit, weights, sizes, mean_tokens, self._base)
         draws = mix.window_draws(shares, sizes, self._draws)
@@ -308,9 +309,9 @@ def _check(
     for source, weight, extra in zip(sources, weights, overhead, strict=True):
         if weight > 0 and source.block_starts[-1] == 0:
             raise ValueError(f"source {source.name!r} has a weight but no kept sample")
-        if weight > 0 and source.images and (policy.tokens + extra > budgets.tokens or budgets.images < 1):
+        if weight > 0 and source.images and (policy.most_tokens + extra > budgets.tokens or policy.most_tiles > budgets.images):
             raise ValueError(
-                f"source {source.name!r}: an image of {policy.tokens} tokens with {extra} template tokens fits no pack of {budgets}"
+                f"source {source.name!r}: an image of {policy.most_tokens} tokens with {extra} template tokens fits no pack of {budgets}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Decodes an image and brings it to the model's square: Pillow for every format, and a faster way for JPEG.
+"""Decodes an image and brings it to the model's square tiles: Pillow for every format, and a faster way for JPEG.
 
 Invariant: the pixels are a pure function of (bytes, policy, augmentation key); the key comes from (seed, epoch, sample, element),
 never from a worker's state. The fast way takes the same random numbers and shows the same picture; what it does not know, Pillow reads.
@@ -6,15 +6,17 @@ never from a worker's state. The fast way takes the same random numbers and show
 
 import io
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
 import torch
-from PIL import ExifTags, Image, ImageEnhance
+from PIL import Image, ImageEnhance
 from torch.nn.functional import interpolate
 
-from data_pipeline.config import ImageConfig, ImageDecoder
-from data_pipeline.samples import IMAGE_FORMATS, PIXEL_LIMIT, BadSample, require_size
+from data_pipeline.config import ImageConfig, ImageDecoder, ImageRule
+from data_pipeline.plan.partition import Grid, content, grid_of, token_count
+from data_pipeline.samples import IMAGE_FORMATS, PIXEL_LIMIT, BadSample, image_size, orientation, require_size
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -40,11 +42,78 @@ _NUMPY_TURNS = {
 
 
 SCALED_SIDES = 4
-"""A JPEG is scaled down while it is decoded only where this many sides of the square are left: at 2, detailed pictures came out more
+"""A JPEG is scaled down while it is decoded only where this many sides of what is asked for are left: at 2, detailed pictures came out more
 than a grey level off."""
 
+Size = tuple[int, int]
+"""Width and height in pixels."""
 Box = tuple[float, float, float, float]
 """Left, upper, right, lower in pixels."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image as the ViT sees it."""
+
+    tiles: tuple[np.ndarray, ...]
+    """[3, size, size] uint8 each: one square; or the global view, then the grid's tiles in row-major order."""
+    grid: Grid | None
+    """Rows and columns of a partitioned image; None for one square."""
+    tokens: int
+    """Its tokens."""
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """The grid, where there is one."""
+        return () if self.grid is None else (self.grid,)
+
+    def whole(self) -> np.ndarray:
+        """[3, H, W] uint8: the square, or the grid's tiles put together."""
+        return self.tiles[0] if self.grid is None else put_together(np.stack(self.tiles[1:]), self.grid)
+
+
+def image_tokens(data: bytes, policy: ImageConfig) -> int:
+    """Tokens that an encoded image takes, by its header alone.
+
+    Raises:
+        BadSample: the header cannot be read.
+    """
+    return policy.tokens if policy.policy is ImageRule.square else int(token_count(*_grid(image_size(data), policy), policy.tokens))
+
+
+def load(data: bytes, policy: ImageConfig, rng: np.random.Generator | None) -> Picture:
+    """An encoded image by the policy; augmented with `rng`.
+
+    Raises:
+        BadSample: the bytes do not decode.
+    """
+    if policy.policy is ImageRule.square:
+        return Picture((load_square(data, policy, rng),), None, policy.tokens)
+    size = image_size(data)
+    grid = _grid(size, policy)
+    picture = _load(data, content(*size, grid, policy.size), Image.Resampling.BILINEAR, policy, rng)
+    return Picture(cut(picture, grid, policy.size), grid, int(token_count(*grid, policy.tokens)))
+
+
+def cut(picture: np.ndarray, grid: Grid, side: int) -> tuple[np.ndarray, ...]:
+    """[3, side, side] uint8 each: the global view of a picture [3, h, w] centred on its white grid, then the grid's tiles.
+
+    The global view is bicubic without antialias, as in the official code, which takes it of the normalised picture; here it is rounded
+    to grey levels, as all tiles are.
+    """
+    (rows, columns), (_, height, width) = grid, picture.shape
+    canvas = np.full((3, rows * side, columns * side), 255, np.uint8)
+    top, left = (canvas.shape[1] - height) // 2, (canvas.shape[2] - width) // 2
+    canvas[:, top : top + height, left : left + width] = picture
+    view = interpolate(torch.from_numpy(canvas)[None].float(), (side, side), mode="bicubic", align_corners=False)[0]
+    tiles = canvas.reshape(3, rows, side, columns, side).transpose(1, 3, 0, 2, 4).reshape(-1, 3, side, side)
+    return (view.round_().clamp_(0, 255).to(torch.uint8).numpy(), *tiles)
+
+
+def put_together(tiles_MCHW: np.ndarray, grid: Grid) -> np.ndarray:
+    """[3, rows * side, columns * side]: the picture that the tiles of a grid show."""
+    side = tiles_MCHW.shape[-1]
+    return tiles_MCHW.reshape(*grid, 3, side, side).transpose(2, 0, 3, 1, 4).reshape(3, grid[0] * side, grid[1] * side)
 
 
 def load_square(data: bytes, policy: ImageConfig, rng: np.random.Generator | None) -> np.ndarray:
@@ -53,11 +122,20 @@ def load_square(data: bytes, policy: ImageConfig, rng: np.random.Generator | Non
     Raises:
         BadSample: the bytes do not decode.
     """
+    return _load(data, (policy.size, policy.size), Image.Resampling.BICUBIC, policy, rng)
+
+
+def _grid(size: tuple[int, int], policy: ImageConfig) -> Grid:
+    return grid_of(*size, policy.most_tiles, policy.size)
+
+
+def _load(data: bytes, target: Size, filtered: Image.Resampling, policy: ImageConfig, rng: np.random.Generator | None) -> np.ndarray:
+    """[3, height, width] uint8 of an encoded image at the size `target`, by the policy's decoder; augmented with `rng`."""
     if policy.decoder is ImageDecoder.fast:
-        square = _fast_jpeg(data, policy, rng)
-        if square is not None:
-            return square
-    return to_square(decode(data), policy, rng)
+        pixels = _fast_jpeg(data, target, filtered, policy, rng)
+        if pixels is not None:
+            return pixels
+    return _resized(decode(data), target, filtered, policy, rng)
 
 
 def decode(data: bytes) -> Image.Image:
@@ -85,22 +163,30 @@ def decode(data: bytes) -> Image.Image:
 
 def to_square(image: Image.Image, policy: ImageConfig, rng: np.random.Generator | None) -> np.ndarray:
     """[3, size, size] uint8: the whole image resized bicubically with antialias; with `rng`, cropped and jittered first."""
+    return _resized(image, (policy.size, policy.size), Image.Resampling.BICUBIC, policy, rng)
+
+
+def _resized(
+    image: Image.Image, target: Size, filtered: Image.Resampling, policy: ImageConfig, rng: np.random.Generator | None
+) -> np.ndarray:
     box = None
     if rng is not None and policy.crop:
         box = _crop_box(image.size, policy.crop, rng)
-    return _jittered(image.resize((policy.size, policy.size), Image.Resampling.BICUBIC, box=box), policy, rng)
+    return _jittered(image.resize(target, filtered, box=box), policy, rng)
 
 
-def _jittered(square: Image.Image, policy: ImageConfig, rng: np.random.Generator | None) -> np.ndarray:
+def _jittered(picture: Image.Image, policy: ImageConfig, rng: np.random.Generator | None) -> np.ndarray:
     if rng is not None and policy.jitter:
         for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-            square = enhance(square).enhance(1 + policy.jitter * rng.uniform(-1, 1))
-    return np.ascontiguousarray(np.asarray(square, np.uint8).transpose(2, 0, 1))
+            picture = enhance(picture).enhance(1 + policy.jitter * rng.uniform(-1, 1))
+    return np.ascontiguousarray(np.asarray(picture, np.uint8).transpose(2, 0, 1))
 
 
-def _fast_jpeg(data: bytes, policy: ImageConfig, rng: np.random.Generator | None) -> np.ndarray | None:
-    """As `to_square`, for a JPEG in grey or RGB; None, with no random number drawn, where Pillow is to read it."""
-    found = _decode_jpeg(data, policy)
+def _fast_jpeg(
+    data: bytes, target: Size, filtered: Image.Resampling, policy: ImageConfig, rng: np.random.Generator | None
+) -> np.ndarray | None:
+    """As `_resized`, for a JPEG in grey or RGB; None, with no random number drawn, where Pillow is to read it."""
+    found = _decode_jpeg(data, max(target), policy.crop)
     if found is None:
         return None
     pixels, (width, height) = found
@@ -109,20 +195,19 @@ def _fast_jpeg(data: bytes, policy: ImageConfig, rng: np.random.Generator | None
         left, upper, right, lower = _crop_box((width, height), policy.crop, rng)
         across, down = pixels.shape[1] / width, pixels.shape[0] / height  # decoded at a smaller scale, perhaps
         box = (left * across, upper * down, min(right * across, pixels.shape[1]), min(lower * down, pixels.shape[0]))
-        square = Image.fromarray(pixels).resize((policy.size, policy.size), Image.Resampling.BICUBIC, box=box)
-        return _jittered(square, policy, rng)
+        return _jittered(Image.fromarray(pixels).resize(target, filtered, box=box), policy, rng)
     # channels last, as it lies in memory: torch's kernel for uint8 is then the one that is vectorised
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    square = interpolate(image, (policy.size, policy.size), mode="bicubic", antialias=True, align_corners=False)[0]
+    picture = interpolate(image, target[::-1], mode=filtered.name.lower(), antialias=True, align_corners=False)[0]
     if rng is None or not policy.jitter:
-        return np.ascontiguousarray(square.numpy())
-    return _jittered(Image.fromarray(np.ascontiguousarray(square.permute(1, 2, 0).numpy())), policy, rng)
+        return np.ascontiguousarray(picture.numpy())
+    return _jittered(Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())), policy, rng)
 
 
-def _decode_jpeg(data: bytes, policy: ImageConfig) -> tuple[np.ndarray, tuple[int, int]] | None:
+def _decode_jpeg(data: bytes, side: int, crop: float) -> tuple[np.ndarray, tuple[int, int]] | None:
     """Upright pixels [H, W, 3], and the width and height that they have at full scale; None where Pillow is to judge.
 
-    A large image is decoded at half its scale or less, as far as that leaves any crop `SCALED_SIDES` times the square.
+    A large image is decoded at half its scale or less, as far as that leaves any crop `SCALED_SIDES` times the `side`.
     """
     if not data.startswith(b"\xff\xd8"):
         return None
@@ -134,7 +219,7 @@ def _decode_jpeg(data: bytes, policy: ImageConfig) -> tuple[np.ndarray, tuple[in
             turn = _turn(header)
         if simplejpeg.decode_jpeg_header(data)[1::-1] != size:  # of two headers Pillow weighs one, and memory is taken for the other
             return None
-        least = math.ceil(SCALED_SIDES * policy.size / (1 - policy.crop)) if policy.crop < 1 else 0
+        least = math.ceil(SCALED_SIDES * side / (1 - crop)) if crop < 1 else 0
         pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least, min_width=least, min_factor=2)
     except MemoryError:
         raise
@@ -147,10 +232,7 @@ def _decode_jpeg(data: bytes, policy: ImageConfig) -> tuple[np.ndarray, tuple[in
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    try:
-        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # noqa: BLE001  an EXIF block that cannot be read orients nothing; the pixels are sound
-        return None
+    return _TURNS.get(orientation(image))
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -11,7 +11,7 @@ import numpy as np
 from data_pipeline.batch import PackedBatch, Segment, assemble
 from data_pipeline.config import ImageConfig
 from data_pipeline.plan.split import Pieces
-from data_pipeline.read.images import load_square
+from data_pipeline.read.images import Picture, image_tokens, load
 from data_pipeline.read.ledger import BadEntry
 from data_pipeline.read.storage import ShardReader
 from data_pipeline.samples import BadSample, Element, ImageElement, parse
@@ -78,21 +78,25 @@ class Materialiser:
             if isinstance(data, BadSample):
                 raise data
             elements = self._parse(source, data)
-            rendered = render(elements, bounds, self.tokenizer, self.images.tokens)
+            rendered = render(elements, bounds, self.tokenizer, self._image_tokens)
             counted = int(pieces.tokens[i]) - (0 if bounds.last else 1)
             if len(rendered.ids) != counted:
                 raise BadSample(f"sample changed since it was indexed: {len(rendered.ids)} tokens, not {counted}")
-            pixels = tuple(self._pixels(elements, number, source, epoch, row) for number in rendered.images)
+            pictures = [self._picture(elements, number, source, epoch, row) for number in rendered.images]
         except BadSample as error:
             at = self._locate(pieces, i)
             name = self.sources[source].name
             return BadEntry(name, at.shard.name, self.sources[source].key(row), at.offset, at.size, str(error))
-        return Segment(rendered, pixels, source, row)
+        tiles = tuple(tile for picture in pictures for tile in picture.tiles)
+        return Segment(rendered, tiles, source, row, tuple(grid for picture in pictures for grid in picture.grids))
 
-    def _pixels(self, elements: list[Element], number: int, source: int, epoch: int, row: int) -> np.ndarray:
+    def _image_tokens(self, element: ImageElement) -> int:
+        return image_tokens(element.data, self.images)
+
+    def _picture(self, elements: list[Element], number: int, source: int, epoch: int, row: int) -> Picture:
         element = elements[number]
         if not isinstance(element, ImageElement):
             raise BadSample(f"element {number} is not the image that was indexed")
         augmented = self.images.crop or self.images.jitter
         rng = np.random.default_rng([self.seed, source, epoch, row, number]) if augmented else None
-        return load_square(element.data, self.images, rng)
+        return load(element.data, self.images, rng)

@@ -24,7 +24,7 @@ from data_pipeline.shards.tar import Damage, RawSample, walk_file
 from data_pipeline.text.templates import encode
 from data_pipeline.text.tokenizer import Tokenizer
 
-VERSION = 2
+VERSION = 3
 SUFFIX = ".index.parquet"
 OK = "ok"
 DUPLICATE = "duplicate key"

@@ -5,7 +5,7 @@ Invariant: rendering costs exactly the tokens that the plan counted: `OVERHEAD` 
 of conversations what the assistant says, and that it stops.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,24 +97,27 @@ def whole(elements: Sequence[Element]) -> Bounds:
     return Bounds(0, 0, len(elements), 0, True)
 
 
-def render(elements: Sequence[Element], bounds: Bounds, tokenizer: Tokenizer, image_tokens: int) -> Rendered:
-    """Begin, the elements within `bounds`, and the end where the piece ends its sample.
+def render(
+    elements: Sequence[Element], bounds: Bounds, tokenizer: Tokenizer, image_tokens: int | Callable[[ImageElement], int]
+) -> Rendered:
+    """Begin, the elements within `bounds`, and the end where the piece ends its sample; `image_tokens` of every image, or by image.
 
     Raises:
         BadSample: the elements are not those that were indexed.
     """
     runs: list[Sequence[int] | np.ndarray] = [(tokenizer.begin,)]
-    words, images, places, length = [False], [], [], 1
+    words, images, places, length = [False], [], [np.empty(0, np.int64)], 1
     stop = bounds.end_element + (1 if bounds.end_offset else 0)
     if stop > len(elements):
         raise BadSample(f"sample has {len(elements)} elements, the index says at least {stop}")
     for number in range(bounds.start_element, stop):
         element = elements[number]
         if isinstance(element, ImageElement):
-            runs.append(np.full(image_tokens, tokenizer.end))
+            count = image_tokens if isinstance(image_tokens, int) else image_tokens(element)
+            runs.append(np.full(count, tokenizer.end))
             words.append(False)
             images.append(number)
-            places.append(length)
+            places.append(np.arange(length, length + count))
         else:
             first = bounds.start_offset if number == bounds.start_element else 0
             last = bounds.end_offset if number == bounds.end_element else None
@@ -126,8 +129,7 @@ def render(elements: Sequence[Element], bounds: Bounds, tokenizer: Tokenizer, im
         words.append(not isinstance(elements[-1], TurnElement))  # nobody answered: nothing was said that could end
     ids = np.concatenate([np.asarray(run, np.int64) for run in runs])
     supervised = np.repeat(words, [len(run) for run in runs])
-    image_positions = np.add.outer(np.asarray(places, np.int64), np.arange(image_tokens)).ravel()
-    return Rendered(ids, supervised, image_positions, tuple(images))
+    return Rendered(ids, supervised, np.concatenate(places), tuple(images))
 
 
 def _is_learnt(element: TextElement | MarkerElement) -> bool:

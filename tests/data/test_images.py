@@ -164,14 +164,14 @@ def test_augmentation_is_a_function_of_seed_epoch_row_and_element(demo, tmp_path
         fresh = Materialiser(data.sources, data.tokenizer, POLICY, seed)
         if disturb:
             np.random.seed(1)
-            fresh._pixels(elements, 0, 1, 7, 7)
-        return fresh._pixels(elements, 0, source, epoch, row).tobytes()
+            fresh._picture(elements, 0, 1, 7, 7)
+        return fresh._picture(elements, 0, source, epoch, row).whole().tobytes()
 
     assert pixels() == pixels(disturb=True)
     assert len({pixels(), pixels(seed=1), pixels(epoch=1), pixels(row=6), pixels(source=1)}) == 5
     twice = [elements[0], elements[0]]
     one = Materialiser(data.sources, data.tokenizer, POLICY, 0)
-    assert one._pixels(twice, 0, 0, 0, 5).tobytes() != one._pixels(twice, 1, 0, 0, 5).tobytes()
+    assert one._picture(twice, 0, 0, 0, 5).whole().tobytes() != one._picture(twice, 1, 0, 0, 5).whole().tobytes()
 
 
 def test_without_augmentation_every_epoch_sees_the_same_pixels():

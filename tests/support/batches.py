@@ -92,6 +92,7 @@ def batch_of(segments: Sequence[Segment], sources: Sequence[int] | None = None, 
         images=torch.stack(images),
         image_grid=torch.ones(len(images), 2, dtype=torch.int64),
         image_index=torch.tensor(image_index),
+        image_rows=torch.arange(len(image_index)),
         target_index=torch.tensor(target_index + [used] * surplus),
         targets=torch.tensor(targets + [IGNORE] * surplus),
         target_segment=torch.tensor(target_segment + [len(segments)] * surplus),
@@ -100,6 +101,7 @@ def batch_of(segments: Sequence[Segment], sources: Sequence[int] | None = None, 
         segment_lengths=tuple(lengths),
         supervised=supervised,
         image_count=image_count,
+        image_lengths=(IMAGE_TOKENS,) * len(images),
     )
 
 

@@ -10,6 +10,7 @@ from stages import stage_settings
 
 from data_pipeline.batch import assemble
 from data_pipeline.errors import UserError
+from data_pipeline.read.images import Picture
 from data_pipeline.text.tokenizer import Tokenizer
 from train import configure
 from train.config import Config
@@ -31,13 +32,13 @@ def scorer(demo, tmp_path_factory) -> Scorer:
     return Scorer(model.eval(), Tokenizer(config.data.tokenizer), config)
 
 
-def pixels(seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (3, 32, 32), np.uint8)
+def picture(seed: int) -> Picture:
+    return Picture((np.random.default_rng(seed).integers(0, 256, (3, 32, 32), np.uint8),), None, tokens=1)
 
 
 def test_a_segment_scores_the_same_alone_and_among_others(scorer):
     captions = ["food fruit: red apple", "animal bird: parrot", "sky weather: sun behind cloud"]
-    segments = [scorer._segment(caption, pixels(i)) for i, caption in enumerate(captions)]
+    segments = [scorer._segment(caption, picture(i)) for i, caption in enumerate(captions)]
     together = scorer.score(segments)
     alone = [scorer.score([s]) for s in segments]
     assert together.nll == pytest.approx([s.nll[0] for s in alone], rel=1e-5)
@@ -45,7 +46,7 @@ def test_a_segment_scores_the_same_alone_and_among_others(scorer):
 
 
 def test_a_score_is_the_cross_entropy_of_the_caption_and_its_end(scorer):
-    segment = scorer._segment("food fruit: red apple", pixels(3))
+    segment = scorer._segment("food fruit: red apple", picture(3))
     batch = assemble([segment], 32, 1, scorer.tokenizer.end)
     with torch.no_grad():
         logits = scorer.model.logits(batch)[: batch.supervised]
@@ -54,9 +55,9 @@ def test_a_score_is_the_cross_entropy_of_the_caption_and_its_end(scorer):
 
 
 def test_greedy_captions_are_what_the_logits_prefer_word_by_word_and_do_not_depend_on_the_neighbours(scorer):
-    images = [pixels(i) for i in range(3)]
-    captions = greedy_captions(scorer.model, images, scorer.tokenizer, 1, 5)
-    assert captions == [greedy_captions(scorer.model, [image], scorer.tokenizer, 1, 5)[0] for image in images]
+    images = [picture(i) for i in range(3)]
+    captions = greedy_captions(scorer.model, images, scorer.tokenizer, 5)
+    assert captions == [greedy_captions(scorer.model, [image], scorer.tokenizer, 5)[0] for image in images]
     first_word = captions[0].split()[0]
     batch = assemble([scorer._segment(first_word, images[0])], 32, 1, scorer.tokenizer.end)
     with torch.no_grad():

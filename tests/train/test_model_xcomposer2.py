@@ -76,7 +76,7 @@ def test_a_broken_image_poisons_its_own_segment_only() -> None:
     model, batch = tiny_model(), batch_of(mixed_segments())
     clean = logits_of(model, batch)
     tokens = model.projector.forward
-    model.projector.forward = lambda features: tokens(features).index_fill(0, torch.arange(IMAGE_TOKENS), math.nan)
+    model.projector.forward = lambda *inputs: tokens(*inputs).index_fill(0, torch.arange(IMAGE_TOKENS), math.nan)
     poisoned = logits_of(model, batch)
     assert poisoned[0].isnan().all()
     assert all(torch.equal(one, other) for one, other in zip(poisoned[1:], clean[1:], strict=True))

@@ -38,6 +38,7 @@ def refused(capfd):
         ("deepspeed.stage=4", "deepspeed.stage"),
         ("data.images.size=33", "data.images.size"),
         ("data.images.tokens=5", "data.images.tokens"),
+        ("data.images.policy=partition", "model.projector.marks"),
         ("data.unit=epochs", "train.steps"),
         ("train.groups=[]", "train.groups"),
         ("profile.steps=[3]", "profile.steps"),

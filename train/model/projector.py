@@ -1,8 +1,12 @@
 """The projector: image features to the decoder's width, merging neighbouring patches into one image token.
 
-Invariant: image tokens are in row-major order of the merged grid, and inside a token the patches are too.
+Invariant: image tokens are in row-major order of the merged grid, and inside a token the patches are too. Newline and separator, where
+there are any, go through the same layers, in every pass and whether or not a batch places them.
 """
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -10,9 +14,12 @@ from data_pipeline.errors import UserError
 
 
 class Projector(nn.Module):
-    """Merge `merge` x `merge` patches on the channels, Linear, GELU (exact), Linear."""
+    """Merge `merge` x `merge` patches on the channels, Linear, GELU (exact), Linear.
 
-    def __init__(self, grid: int, vision_width: int, width: int, merge: int) -> None:
+    With `marks`, two learned embeddings of the merged width stand between the image tokens (4KHD): a newline and a separator.
+    """
+
+    def __init__(self, grid: int, vision_width: int, width: int, merge: int, marks: bool = False) -> None:
         super().__init__()
         if grid % merge:
             raise UserError(f"model.projector.merge is {merge}, which does not divide the ViT's grid of {grid} x {grid} patches")
@@ -20,17 +27,27 @@ class Projector(nn.Module):
         self.merged_grid = grid // merge
         self.linear_in = nn.Linear(merge * merge * vision_width, width)
         self.linear_out = nn.Linear(width, width)
+        self.marks = marks
+        if marks:
+            self.newline = nn.Parameter(torch.full((1, merge * merge * vision_width), math.nan))
+            self.separator = nn.Parameter(torch.full((1, merge * merge * vision_width), math.nan))
 
     @property
     def tokens(self) -> int:
-        """Image tokens of one image."""
+        """Image tokens of one tile."""
         return self.merged_grid**2
 
-    def forward(self, features_MPD: Tensor) -> Tensor:
-        """[M * tokens, width]: the image tokens of all images, one after another."""
+    def forward(self, features_MPD: Tensor, image_rows_V: Tensor | None = None) -> Tensor:
+        """[V, width]: the image tokens. `image_rows_V` names their rows of [M * tokens, newline, separator]; without marks it is not read.
+
+        Each row is projected once, however often it is placed.
+        """
         M, _, D = features_MPD.shape
         g, m = self.merged_grid, self.merge
         cells = features_MPD.reshape(M, g, m, g, m, D).transpose(2, 3)
         # Two dimensions: a linear on a strided 3-D slice becomes a slow batched product.
         merged = cells.reshape(M * g * g, m * m * D)
-        return self.linear_out(F.gelu(self.linear_in(merged)))
+        if self.marks:
+            merged = torch.cat([merged, self.newline, self.separator])
+        projected = self.linear_out(F.gelu(self.linear_in(merged)))
+        return projected.index_select(0, image_rows_V) if self.marks else projected

@@ -45,7 +45,8 @@ class XComposer2(nn.Module):
         super().__init__()
         self.init_std = config.decoder.init_std
         self.vision = VisionTower(config.vision, image_size)
-        self.projector = Projector(self.vision.grid, self.vision.width, config.decoder.hidden, config.projector.merge)
+        projector = config.projector
+        self.projector = Projector(self.vision.grid, self.vision.width, config.decoder.hidden, projector.merge, projector.marks)
         self.decoder = Decoder(config.decoder, config.plora)
         self.head = Head(config.decoder)
         if image_tokens not in (None, self.projector.tokens):
@@ -75,7 +76,7 @@ class XComposer2(nn.Module):
     def embed(self, batch: PackedBatch) -> Tensor:
         """[T, D]: embeddings of the words, with the image tokens in place."""
         words_TD = self.decoder.tok_embeddings(batch.input_ids)
-        image_tokens_VD = self.projector(self.vision(batch.images))
+        image_tokens_VD = self.projector(self.vision(batch.images), batch.image_rows)
         return words_TD.index_copy(0, batch.image_index, image_tokens_VD)
 
     def _hidden(self, batch: PackedBatch) -> Tensor:
