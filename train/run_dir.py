@@ -6,6 +6,7 @@
     outcome.json     how the last life ended        logs/rank-N.log       what each rank said
     heartbeat.json   step, phase, time              tracking/             TensorBoard and wandb files
     evaluation.json  figures on held-out data       stop                  touch it to stop the run
+    killers/         samples that killed a worker
 
 Invariant: a file that others read is replaced in one step, never seen half-written.
 """
