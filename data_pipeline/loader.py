@@ -4,11 +4,14 @@ The only stateful file of the package. Invariant: the sequence of steps is that 
 of workers; the state to save is the cursor that travels with a *consumed* step, since the sampler runs ahead.
 """
 
+import multiprocessing
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import isqrt
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from data_pipeline.plan.plan import Cursor, Packs, Plan
 from data_pipeline.plan.split import Pieces
 from data_pipeline.read import budget
 from data_pipeline.read.cache import RangeCache
+from data_pipeline.read.killers import AtWork, Killers
 from data_pipeline.read.ledger import BadEntry
 from data_pipeline.read.materialise import Materialiser
 from data_pipeline.read.remote import Patience, RemotePath, worker_context
@@ -226,8 +230,8 @@ class _Requests(Dataset["MicroBatch | UserError | TryAgainError"]):
     A user error travels as a value: torch would raise its own copy, with the worker's traceback for a message.
     """
 
-    def __init__(self, materialiser: Materialiser, slots: Slots | None) -> None:
-        self.materialiser, self.slots = materialiser, slots
+    def __init__(self, materialiser: Materialiser, slots: Slots | None, at_work: AtWork) -> None:
+        self.materialiser, self.slots, self.at_work = materialiser, slots, at_work
 
     def __getitem__(self, request: Request) -> "MicroBatch | UserError | TryAgainError":
         worker = get_worker_info()
@@ -235,7 +239,7 @@ class _Requests(Dataset["MicroBatch | UserError | TryAgainError"]):
             if worker is None or self.slots is None:
                 return MicroBatch(request, *self.materialiser.batch(request.packs))
             number, room = self.slots.next(worker.id)
-            batch, bad = self.materialiser.batch(request.packs, room)
+            batch, bad = self.materialiser.batch(request.packs, room, self.at_work.place(worker.id))
         except (UserError, TryAgainError) as error:
             return error
         handover = Handover(worker.id, number, len(batch.images))
@@ -256,14 +260,18 @@ class Loader:
         cursor: Cursor,
         step: int,
         pin: bool = False,
+        killers: Killers | None = None,
     ) -> None:
-        """`pin`: tensors in page-locked memory. Raises UserError: no shared memory for the workers."""
+        """`pin`: tensors in page-locked memory. `killers`: of the run. Raises UserError: no shared memory for the workers."""
         cache = RangeCache(Path(config.cache_dir), int(config.cache_gib * 2**30)) if config.cache_dir else None
         self._remote = any(isinstance(source.path, RemotePath) for source in data.sources)
         self._pin = pin
         self._slots = Slots(config.workers, config.prefetch, _most_images(config, data), config.images.size) if config.workers else None
+        self._killers, self._at_work = killers, AtWork(config.workers)
+        known = killers.known if killers else ()
+        self._materialiser = Materialiser(data.sources, data.tokenizer, config.images, seed, ShardReader(cache), known)
         self._loader = DataLoader(
-            _Requests(Materialiser(data.sources, data.tokenizer, config.images, seed, ShardReader(cache)), self._slots),
+            _Requests(self._materialiser, self._slots, self._at_work),
             sampler=StepSampler(config, data.plan, cost_model, rank, ranks, cursor, step),
             batch_size=None,
             num_workers=config.workers,
@@ -275,13 +283,11 @@ class Loader:
         """Whole steps in order, until the plan ends.
 
         Raises:
-            TryAgainError: the file system failed in a worker.
+            TryAgainError: the file system failed in a worker, or a worker died; what killed it is listed.
             UserError: an index lost its files.
         """
-        if self._loader.num_workers and self._remote:
-            self._loader.multiprocessing_context = worker_context(preload=__name__)
         micro_batches: list[MicroBatch] = []
-        for found in self._loader:
+        for found in self._found():
             if isinstance(found, Exception):
                 raise found
             micro_batches.append(self._received(found))
@@ -289,6 +295,36 @@ class Loader:
             if len(micro_batches) == request.micro_steps:
                 yield StepData(request.step, request.cursor, request.progress, micro_batches)
                 micro_batches = []
+
+    def _found(self) -> Iterator[MicroBatch | UserError | TryAgainError]:
+        """What the workers hand over, in order."""
+        if self._loader.num_workers and self._remote:
+            self._loader.multiprocessing_context = worker_context(preload=__name__)
+        others, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
+        batches = iter(self._loader)
+        if signal.getsignal(signal.SIGCHLD) is not handler:
+            # torch would raise for a dead worker wherever this process is, in the midst of a step or of a checkpoint; without its handler
+            # it does so where the next batch is asked for
+            signal.signal(signal.SIGCHLD, handler)
+        workers = [process for process in multiprocessing.active_children() if process not in others]
+        try:
+            yield from batches
+        except RuntimeError:
+            dead = [process for process in workers if process.exitcode is not None]
+            if not dead:
+                raise
+            raise self._died(dead) from None
+
+    def _died(self, workers: list[BaseProcess]) -> TryAgainError:
+        """Lists what killed them, and says so."""
+        deaths = [self._at_work.death(process) for process in workers]
+        entries = [self._materialiser.entry(*d.sample, f"killed the worker that read it ({d.how})") for d in deaths if d.sample]
+        if not entries:
+            return TryAgainError(f"a data worker died ({deaths[0].how}) at no sample; the same command goes on")
+        if self._killers:
+            self._killers.add(entries)
+        said = " and ".join(f"{e.key} in {e.shard} of source {e.source} {e.reason}" for e in entries)
+        return TryAgainError(f"{said}; the same command goes on without it")
 
     def _received(self, found: MicroBatch) -> MicroBatch:
         """With its images, out of the worker's slot: at once, since the slot is written again soon."""

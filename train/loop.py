@@ -17,6 +17,7 @@ from data_pipeline.errors import EXIT_DONE, EXIT_NEEDS_PERSON, EXIT_TRY_AGAIN
 from data_pipeline.loader import Data, Loader, StepData, open_data
 from data_pipeline.plan.origin import Cursor, Origin
 from data_pipeline.read import budget
+from data_pipeline.read.killers import Killers, read_killers
 from data_pipeline.read.ledger import Ledger, copy_index_damage
 from train import checkpoint, configure, optim
 from train.checkpoint import TrainState
@@ -115,6 +116,7 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
         state.next_cursor,
         state.step,
         pin=device.torch_device.type == "cuda",
+        killers=Killers(run.path, ranks.rank, ranks.share(read_killers(run.path) if ranks.rank == 0 else None)),
     )
     ledger = Ledger(run.path, ranks.rank)
     budgets = {name: source.errors for name, source in config.data.sources.items()}

@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,7 @@ class Ranks:
         dist.all_reduce(total, group=self.control)
         return total.tolist()
 
-    def share(self, value: str | None) -> str | None:
+    def share(self, value: Any) -> Any:
         """Rank 0's value, on all ranks."""
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)

@@ -8,6 +8,7 @@
     evaluation.json  figures on held-out data       stop                  touch it to stop the run
     skipped/         samples of skipped steps       save                  touch it to get a checkpoint now
     profile/         traces of some steps           logs/stacks-rank-N.txt, hang.json   what hung (train/watchdog.py)
+    killers/         samples that killed a worker
 
 Invariant: a file that others read is replaced in one step, never seen half-written.
 """

@@ -26,6 +26,8 @@ from data_pipeline.inspect.packs import PackView, Viewer, walk
 from data_pipeline.loader import Data, StepSampler, open_data
 from data_pipeline.plan.balance import EMPTY
 from data_pipeline.plan.plan import Cursor, Packs
+from data_pipeline.read.killers import read_killers
+from data_pipeline.read.ledger import BadEntry
 from data_pipeline.read.materialise import Materialiser
 
 WIDE = 400
@@ -55,10 +57,13 @@ class Step:
     packs: Packs
     at: list[Cursor]
     """Where each pack lies in the plan."""
+    killers: list[BadEntry]
+    """Samples that killed a worker of the run: they would kill this process too."""
 
     def build(self, ranks: Sequence[int], pictures: bool = True) -> Iterator[tuple[MicroStep, PackedBatch]]:
         """The micro-steps of these ranks, in order, and their batches; reads shards. Views hold pixels only with `pictures`."""
-        viewer = Viewer(Materialiser(self.data.sources, self.data.tokenizer, self.section.images, self.seed), pictures)
+        reader = Materialiser(self.data.sources, self.data.tokenizer, self.section.images, self.seed, killers=self.killers)
+        viewer = Viewer(reader, pictures)
         sampler = StepSampler(self.section, self.data.plan, self.record.cost, 0, self.record.world, self.cursor, self.record.step - 1)
         places = sampler.assign(self.packs)
         for rank in ranks:
@@ -97,7 +102,7 @@ def open_step(run: Path, number: int) -> Step:
             break
         cursor, step = batch.cursor, step + 1
     at = [place for place, _ in islice(walk(data.plan, cursor), len(batch))]
-    return Step(record, cursor, view.data, view.run.seed, data, batch, at)
+    return Step(record, cursor, view.data, view.run.seed, data, batch, at, read_killers(run))
 
 
 def replay(run: Path, number: int, rank: int | None, output: Path | None) -> None:

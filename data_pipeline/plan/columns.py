@@ -30,6 +30,10 @@ class PlanSource(Protocol):
         """int64 rows of the kept ordinals [first, last), ascending."""
         ...
 
+    def kept_runs(self, firsts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """As `kept`, of many runs [first, end) of ordinals (int64), joined: a sparse selection has thousands in a window."""
+        ...
+
     def elements(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Elements of `rows`, which come in any order and may repeat: counts int64 [n], and ELEMENT records in that order."""
         ...

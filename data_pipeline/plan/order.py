@@ -119,13 +119,11 @@ class EpochOrder:
         return None
 
     def _group(self, epoch: int, blocks: np.ndarray) -> np.ndarray:
-        """Rows of a group, permuted. Blocks that touch are read at once."""
+        """Rows of a group, permuted. Blocks that touch are one run."""
         blocks = np.sort(blocks)
         starts, ends = self._source.block_starts[blocks], self._source.block_starts[blocks + 1]
         gaps = np.flatnonzero(starts[1:] != ends[:-1])
-        run_starts, run_ends = starts[np.append(0, gaps + 1)].tolist(), ends[np.append(gaps, len(ends) - 1)].tolist()
-        runs = [self._source.kept(a, b) for a, b in zip(run_starts, run_ends, strict=True) if a < b]
-        rows = np.concatenate(runs) if runs else np.empty(0, np.int64)
+        rows = self._source.kept_runs(starts[np.append(0, gaps + 1)], ends[np.append(gaps, len(ends) - 1)])
         return rows[sorting_permutation(keyed_hash((ROW_KEY, *self._key, epoch), rows))]
 
     def _table(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:

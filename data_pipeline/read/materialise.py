@@ -22,26 +22,48 @@ from data_pipeline.text.tokenizer import Tokenizer
 
 
 class Materialiser:
-    """Reads pieces of a fixed list of sources; one a worker."""
+    """Reads pieces of a fixed list of sources, but drops the samples of `killers`; one a worker."""
 
     def __init__(
-        self, sources: Sequence[ShardSource], tokenizer: Tokenizer, images: ImageConfig, seed: int, reader: ShardReader | None = None
+        self,
+        sources: Sequence[ShardSource],
+        tokenizer: Tokenizer,
+        images: ImageConfig,
+        seed: int,
+        reader: ShardReader | None = None,
+        killers: Sequence[BadEntry] = (),
     ) -> None:
         self.sources = list(sources)
         self.tokenizer = tokenizer
         self.images = images
         self.seed = seed
         self.reader = reader or ShardReader()
+        self._killers = self._rows(killers)
 
-    def batch(self, packs: Sequence[Pieces], room: np.ndarray | None = None) -> tuple[PackedBatch, list[BadEntry]]:
-        """The packs of a micro-batch as one batch, its images in `room` where that is given, and what had to be dropped."""
-        found = [part for pieces in packs for part in self.segments(pieces)]
+    def batch(
+        self, packs: Sequence[Pieces], room: np.ndarray | None = None, at: np.ndarray | None = None
+    ) -> tuple[PackedBatch, list[BadEntry]]:
+        """The packs of a micro-batch as one batch, and what had to be dropped.
+
+        Args:
+            packs: the pieces of each.
+            room: where the images go; memory of their own by default.
+            at: [2] int64 that says which (source, row) is in work.
+        """
+        found = [part for pieces in packs for part in self.segments(pieces, at)]
         return self.assemble([s for s in found if isinstance(s, Segment)], room), [b for b in found if isinstance(b, BadEntry)]
 
-    def segments(self, pieces: Pieces) -> list[Segment | BadEntry]:
-        """What each piece of a pack gives: its segment, or why it was dropped."""
+    def segments(self, pieces: Pieces, at: np.ndarray | None = None) -> list[Segment | BadEntry]:
+        """What each piece of a pack gives: its segment, or why it was dropped. `at` as for `batch`."""
         data = self.reader.read_all([self._locate(pieces, i) for i in range(len(pieces))])
-        return [self._segment(pieces, i, data[i]) for i in range(len(pieces))]
+        found = []
+        for i in range(len(pieces)):
+            if at is not None:
+                at[:] = pieces.source[i], pieces.row[i]
+            found.append(self._segment(pieces, i, data[i]))
+        if at is not None:
+            at[:] = -1
+        return found
 
     def assemble(self, segments: Sequence[Segment], room: np.ndarray | None = None) -> PackedBatch:
         """The segments as one batch."""
@@ -54,6 +76,18 @@ class Materialiser:
             BadSample: its bytes cannot be used.
         """
         return self._parse(source, self.reader.read(self.sources[source].locate(row)))
+
+    def entry(self, source: int, row: int, reason: str) -> BadEntry:
+        """A sample as the ledger names it."""
+        at = self.sources[source].locate(row)
+        return BadEntry(self.sources[source].name, at.shard.name, self.sources[source].key(row), at.offset, at.size, reason)
+
+    def _rows(self, entries: Sequence[BadEntry]) -> dict[tuple[int, int], str]:
+        """(source, row) of ledger entries, with their reasons."""
+        numbers = {source.name: number for number, source in enumerate(self.sources)}
+        named = [(numbers[entry.source], entry) for entry in entries if entry.source in numbers]
+        rows = {(number, self.sources[number].row_at(entry.shard, entry.offset)): entry.reason for number, entry in named}
+        return {(number, row): reason for (number, row), reason in rows.items() if row is not None}
 
     def _parse(self, source: int, data: bytes) -> list[Element]:
         try:
@@ -75,6 +109,8 @@ class Materialiser:
             bool(pieces.last[i]),
         )
         try:
+            if (source, row) in self._killers:
+                raise BadSample(self._killers[source, row])
             if isinstance(data, BadSample):
                 raise data
             elements = self._parse(source, data)
@@ -84,9 +120,7 @@ class Materialiser:
                 raise BadSample(f"sample changed since it was indexed: {len(rendered.ids)} tokens, not {counted}")
             pictures = [self._picture(elements, number, source, epoch, row) for number in rendered.images]
         except BadSample as error:
-            at = self._locate(pieces, i)
-            name = self.sources[source].name
-            return BadEntry(name, at.shard.name, self.sources[source].key(row), at.offset, at.size, str(error))
+            return self.entry(source, row, str(error))
         tiles = tuple(tile for picture in pictures for tile in picture.tiles)
         return Segment(rendered, tiles, source, row, tuple(grid for picture in pictures for grid in picture.grids))
 

@@ -93,6 +93,10 @@ class ShardSource:
         """Rows of the kept ordinals [first, last), int64, ascending."""
         return self._read("kept", first, last, np.dtype("<i8"))
 
+    def kept_runs(self, firsts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Rows of the kept ordinals of each run [first, end), joined, int64."""
+        return self._read_runs("kept", firsts, ends, np.dtype("<i8"))
+
     def elements(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Element counts int64 [n] of `rows` and their ELEMENT records, concatenated in that order."""
         if not len(rows):

@@ -313,6 +313,14 @@ def test_leaving_samples_out_keeps_the_order_of_the_others(demo, half):
         assert part_rows == [row for row in all_rows if row in kept]
 
 
+def test_many_runs_of_a_selection_read_as_one_by_one(demo, half):
+    source = ShardSource("pairs", demo.source("pairs"), None, half)
+    borders = np.unique(np.random.RandomState(0).randint(0, int(source.block_starts[-1]) + 1, 80))
+    firsts, ends = borders[:-1:2], borders[1::2]
+    one_by_one = [source.kept(first, end) for first, end in zip(firsts.tolist(), ends.tolist(), strict=False)]
+    assert np.array_equal(source.kept_runs(firsts[: len(ends)], ends), np.concatenate(one_by_one))
+
+
 def test_two_ways_to_the_same_samples_are_the_same_selection(demo, tmp_path):
     a = select(demo.source("pairs"), None, "tokens > 4", (), 4, "one way", tmp_path / "a")
     b = select(demo.source("pairs"), None, "not tokens <= 4", (), 4, "another", tmp_path / "b")

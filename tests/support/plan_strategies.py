@@ -32,6 +32,9 @@ class ArraySource:
     def kept(self, first: int, last: int) -> np.ndarray:
         return self.rows[first:last]
 
+    def kept_runs(self, firsts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        return np.concatenate([self.rows[first:end] for first, end in zip(firsts, ends, strict=True)])
+
     def elements(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         counts = self._counts[rows]
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
