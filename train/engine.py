@@ -15,14 +15,11 @@ from torch import Tensor, nn
 from data_pipeline.batch import PackedBatch
 from data_pipeline.errors import UserError
 from train.config import Config
+from train.memory import REDUCE_BUCKET
 from train.model.xcomposer2 import Losses
 from train.objective import scaled_loss
 from train.optim import set_lr
 from train.ranks import Ranks
-
-REDUCE_BUCKET = 500_000_000
-"""Gradients that are reduced at once, DeepSpeed's default. ZeRO-1 and 2 allocate the bucket anew each step, whole: where the model is
-smaller than the bucket, its pages were first touched again each step (on a CPU 8 % of the demo's step)."""
 
 
 def engine_json(config: Config, world: int, micro_steps: int, dtype: torch.dtype, trainable: int) -> dict[str, Any]:
