@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 
-.PHONY: install demo test check soak bench bench-peers gpu-check small-weights small-data clean
+.PHONY: install demo test test-ranks test-others check soak bench bench-peers gpu-check small-weights small-data clean
 install: $(READY)
 
 $(READY): setup.py
@@ -17,8 +17,16 @@ $(READY): setup.py
 demo: $(READY)
 	$(BIN)/python examples/demo/demo.py
 
+# Side by side: the tests of the folders that start ranks, and the others, which need one core.
+RANKS := tests/train tests/slurm
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=line test-ranks test-others
+
+test-ranks: $(READY)
+	@$(BIN)/python -m pytest $(RANKS)
+
+test-others: $(READY)
+	@$(BIN)/python -m pytest $(foreach folder,$(RANKS),--ignore=$(folder))
 
 check: $(READY)
 	$(BIN)/ruff format --check .

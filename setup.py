@@ -42,7 +42,6 @@ setup(
             "psutil>=5.9,<8",
             "pytest>=8,<10",
             "pytest-timeout>=2.3,<3",
-            "pytest-xdist>=3.6,<4",
             "ruff>=0.12,<1",
             "transformers>=4.57,<6",  # the reference that the model is compared with
         ],

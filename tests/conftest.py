@@ -35,15 +35,6 @@ class Demo:
         return Path(shutil.copytree(self.root / name, to))
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `make test`, which runs two tests at a time: those that start ranks come first, one after the other; the rest file by file."""
-    for item in items:
-        ranks = "environment" in getattr(item, "fixturenames", ()) or "slurm" in item.path.parts
-        item.add_marker(pytest.mark.xdist_group("ranks" if ranks else item.path.stem))
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] != "ranks")
-
-
 @pytest.fixture(scope="session")
 def xc_data() -> Callable[..., int]:
     """Runs an `xc-data` command in this process; returns its exit code."""

@@ -40,6 +40,16 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--procs", type=int, default=None, metavar="N", help="ranks on this machine (default: one a GPU, or 1)")
     run.set_defaults(run=_run)
 
+    plan = commands.add_parser(
+        "plan", help="what a stage will cost", description=_PLAN, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    plan.add_argument("what", nargs="+", metavar="CONFIG | key=value", help="one YAML file; then overrides")
+    plan.add_argument("--gpus", type=int, default=8, metavar="N", help="ranks (default 8)")
+    plan.add_argument("--gpu", type=float, default=80.0, metavar="GIB", help="memory of one GPU in GiB (default 80)")
+    plan.add_argument("--peak", type=float, default=989.0, metavar="TFLOPS", help="dense TFLOP/s of one GPU (default 989: H100, bf16)")
+    plan.add_argument("--mfu", type=float, default=0.4, metavar="SHARE", help="model FLOPs utilisation that is expected (default 0.4)")
+    plan.set_defaults(run=_plan)
+
     evaluate = commands.add_parser("evaluate", help="measure a run's final weights on held-out data", description=_EVALUATE)
     evaluate.add_argument("run_dir", type=Path, help="a finished run directory")
     evaluate.set_defaults(run=_evaluate)
@@ -68,6 +78,12 @@ with a checkpoint; `touch RUN/save` asks for one. docs/training.md says what wat
   xc-train run configs/demo/2_pretrain.yaml deepspeed.stage=3 train.lr=1e-3 run.dir=runs/try
 
 Exit codes: 0 done; 1 crash; 2 your input, nothing was started or lost; 70 needs a person; 75 stopped, the same command goes on."""
+_PLAN = """Prints what a stage trains, its steps, the FLOPs of a step, the memory of a GPU, and the GPU-hours. No GPU is needed.
+
+  xc-train plan configs/pretrain_7b.yaml --gpus 64 --gpu 80 --mfu 0.4
+  xc-train plan configs/pretrain_7b.yaml deepspeed.stage=3 train.checkpointing.kind=full
+
+Steps and FLOPs come from the indexed data where it is there, else from full packs."""
 _EVALUATE = "Caption loss with the right image, a wrong one and none; retrieval among ten captions; greedy captions; text-only loss."
 _REPORT = "Collects metrics, stops, held-out figures and sample captions into one self-contained page."
 _EXPORT = """Writes weights as a Hugging Face directory with the names and config values of the released InternLM-XComposer2: safetensors
@@ -118,6 +134,18 @@ def _run(args: argparse.Namespace) -> int:
                 return code
     last = Path(dirs[-1])
     print(f"next: xc-train report {last.parent if len(dirs) > 1 else last}")
+    return EXIT_DONE
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from train.outlook import Machine, plan
+
+    paths = [w for w in args.what if "=" not in w]
+    if len(paths) != 1:
+        raise UserError(f"xc-train plan needs one CONFIG, not {len(paths)} (plan stages one by one)")
+    if min(args.gpus, args.gpu, args.peak, args.mfu) <= 0 or args.mfu > 1:
+        raise UserError("xc-train plan: --gpus, --gpu and --peak must be above 0, and --mfu a share up to 1 (change them)")
+    print(plan(paths[0], [w for w in args.what if "=" in w], Machine(args.gpus, args.gpu, args.peak * 1e12, args.mfu)))
     return EXIT_DONE
 
 

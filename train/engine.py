@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from data_pipeline.batch import PackedBatch
 from data_pipeline.errors import UserError
 from train.config import Config, DeepSpeedConfig, OffloadTo
+from train.memory import REDUCE_BUCKET
 from train.model.xcomposer2 import Losses
 from train.objective import scaled_loss
 from train.optim import set_lr
@@ -27,9 +28,6 @@ from train.ranks import Ranks
 
 Files = dict[Path, Any]
 """What belongs into which file, all of it on the CPU and nobody else's."""
-REDUCE_BUCKET = 500_000_000
-"""Gradients that are reduced at once, DeepSpeed's default. ZeRO-1 and 2 allocate the bucket anew each step, whole: where the model is
-smaller than the bucket, its pages were first touched again each step (on a CPU 8 % of the demo's step)."""
 
 
 def engine_json(config: Config, world: int, micro_steps: int, dtype: torch.dtype, trainable: int) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class KeyValueCache:
         self._layer, self._positions_B = 0, positions_B
         x_BD = model.decoder.tok_embeddings(ids_B)
         self._bias = torch.where(seen, 0.0, float("-inf")).to(x_BD.dtype)[:, None, None, :]
-        segments = Segments("cache", torch.arange(B + 1, dtype=torch.int32, device=device), 1, cache=self._extend)
+        segments = Segments("cache", torch.arange(B + 1, dtype=torch.int32, device=device), 1, (1,) * B, cache=self._extend)
         no_image = torch.zeros(0, dtype=torch.int64, device=device)
         hidden_BD = model.decoder(x_BD, positions_B, segments, no_image)
         return model.head(hidden_BD, torch.arange(B, device=device))

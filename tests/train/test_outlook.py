@@ -1,0 +1,129 @@
+"""`xc-train plan` says what a stage costs: from the config alone, from the data where it is indexed, and for the 7B on a laptop."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from batches import IMAGE_SIZE, tiny_config
+from stages import stage_settings
+
+from train import cli, configure, memory
+from train.config import Checkpointing, Config, GroupRule, Recompute
+from train.flops import Shape
+from train.model import attention
+from train.model.xcomposer2 import XComposer2
+from train.outlook import Machine, look, page
+from train.rehearsal import heaviest_batch
+
+GPU = Machine(gpus=64, memory_gib=80, peak=989e12, mfu=0.4)
+
+
+def pretraining_7b() -> Config:
+    """The paper's pretraining, without data at hand."""
+    config = Config()
+    config.run.seed, config.train.lr, config.train.steps = 0, 2e-4, 1000
+    config.data.tokenizer, config.data.global_batch, config.data.images_per_pack = "/nowhere", 1365, 3
+    config.train.groups = [GroupRule("^(vision|projector)"), GroupRule("plora"), GroupRule(".*", trainable=False)]
+    return config
+
+
+def test_the_7b_is_planned_without_weights_or_data() -> None:
+    config = pretraining_7b()
+    found = look(config, GPU)
+    assert found.trained == 603_979_776 + 304_169_984 + 20_979_712
+    assert found.frozen == 7_737_708_544
+    assert "cannot be read" in found.assumed
+    seconds = found.step_model_flops / (64 * GPU.peak * GPU.mfu)
+    assert found.gpu_hours(GPU) == pytest.approx(1000 * seconds * 64 / 3600)
+    assert 4 * 6.98e9 * 1365 * 4096 < found.step_model_flops < 8 * 6.98e9 * 1365 * 4096
+    text = page(config, GPU)
+    assert re.search(r"memory +\d+\.\d+ GiB of 80 a GPU, ZeRO-2, checkpointing none: (fits|does not fit)", text)
+    assert "days on 64 GPUs at 40% MFU" in text
+
+
+def test_more_zero_and_checkpointing_need_less_and_offload_moves_the_optimizer_to_the_host() -> None:
+    needs = []
+    for stage, kind in ((0, Recompute.none), (2, Recompute.none), (2, Recompute.ops), (2, Recompute.full), (3, Recompute.full)):
+        config = pretraining_7b()
+        config.deepspeed.stage, config.train.checkpointing = stage, Checkpointing(kind)
+        needs.append(look(config, GPU).memory)
+    assert [m.device for m in needs] == sorted((m.device for m in needs), reverse=True)
+    config.deepspeed.extra = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    offloaded = look(config, GPU).memory
+    assert offloaded.optimizer == offloaded.gradients == 0
+    assert offloaded.host >= needs[-1].optimizer
+
+
+def test_indexed_data_gives_steps_and_its_own_cost(demo, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    import yaml
+
+    settings = stage_settings(demo, tmp_path / "run")
+    settings["data"]["unit"] = "epochs"
+    del settings["train"]["steps"]
+    (tmp_path / "stage.yaml").write_text(yaml.safe_dump(settings))
+    found = look(configure.load(tmp_path / "stage.yaml"), GPU)
+    assert found.steps and found.packs == 4
+    assert "data plan" in found.assumed
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", str(tmp_path / "stage.yaml"), "--gpus", "2", "train.lr=0.5"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert "5.00e-01" in out and f"steps        {found.steps:,}" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_of_nothing_is_refused(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", "train.lr=1"])
+    assert ended.value.code == 2
+
+
+def test_the_heaviest_batch_keeps_the_contract_of_batches_and_the_budgets() -> None:
+    config = pretraining_7b().data
+    config.micro_packs, config.images.size, config.images.tokens, config.context = 2, 56, 16, 100
+    config.images_per_pack = 9
+    batch = heaviest_batch(config, with_images=True)
+    assert batch.segment_lengths == (100, 100, 8)
+    assert batch.cu_seqlens.tolist() == [0, 100, 200, 208]
+    assert batch.image_count == len(batch.images) == 2 * 6  # six of 16 tokens leave room for a word
+    assert len(batch.image_index) == 12 * 16 and batch.image_index.max() < 196
+    assert batch.supervised == 2 * 3 and (batch.targets != -100).sum() == 6
+    assert not set(batch.target_index[:6].tolist()) & set(batch.image_index.tolist())
+    words = heaviest_batch(config, with_images=False)
+    assert words.image_count == 0 and len(words.images) == 1
+    assert (words.image_index == 207).all()
+
+
+@pytest.mark.parametrize("trained", ["everything", "all but the decoder"])
+@pytest.mark.parametrize("kind", [Recompute.none, Recompute.full, Recompute.every])
+def test_activations_are_the_bytes_that_autograd_keeps(kind: Recompute, trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "LONGEST_PLAIN", 0)  # a fused kernel, as on a GPU
+    monkeypatch.setattr("train.model.vision.LONGEST_PLAIN", 0)
+    config = tiny_config()
+    config.decoder.hidden, config.decoder.ffn, config.decoder.layers = 96, 256, 4
+    model = XComposer2(config, IMAGE_SIZE)
+    model.init_weights(0)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained == "everything" or "plora" in name or not name.startswith(("decoder", "head")))
+    checkpointing = Checkpointing(kind)
+    model.apply_cost_settings(checkpointing)
+    data = pretraining_7b().data
+    data.context, data.images.size, data.images.tokens, data.images_per_pack = 504, IMAGE_SIZE, 4, 12
+    batch = heaviest_batch(data, with_images=True)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.untyped_storage().data_ptr() not in weights:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage()  # alive, so that no address comes twice
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model(batch)
+    if kind is not Recompute.none:  # autograd keeps a checkpoint's inputs in its closure, where no hook sees them
+        assert sum(s.nbytes() for s in kept.values()) < memory.activations(model, Shape.of(batch), Checkpointing(), torch.float32)
+        return
+    head = 2 * 4 * len(batch.targets) * 97  # gradients of the logits, which are not there yet
+    estimate = memory.activations(model, Shape.of(batch), checkpointing, torch.float32) - head
+    assert estimate == pytest.approx(sum(s.nbytes() for s in kept.values()), rel=0.1)

@@ -1,0 +1,157 @@
+"""Bytes that a rank needs: weights, gradients and optimizer state under each ZeRO stage, and what waits for the backward pass.
+
+Invariant: everything is computed from shapes and `requires_grad`, so that a model on the meta device will do.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from train.config import Checkpointing, Config, LowRankMode
+from train.flops import Shape
+from train.model.decoder import CHUNK_LOGITS, Layer
+from train.model.recompute import is_recomputed
+from train.model.xcomposer2 import XComposer2
+
+REDUCE_BUCKET = 500_000_000
+"""Gradients that are reduced at once, DeepSpeed's default. ZeRO-1 and 2 allocate the bucket anew each step, whole: where the model is
+smaller than the bucket, its pages were first touched again each step (on a CPU 8 % of the demo's step)."""
+FP32 = 4
+PERSISTENT = 100_000
+"""ZeRO-3 keeps tensors of fewer numbers than this whole once they were gathered (`stage3_param_persistence_threshold`)."""
+GATHERED = 1_000_000_000
+"""Numbers that ZeRO-3 holds gathered at most (`stage3_max_live_parameters`)."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank on its device, and on its host where the engine offloads."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    """Moments and, where weights are no fp32 or are partitioned, their fp32 masters."""
+    buffers: int
+    """What communication needs besides."""
+    activations: int
+    """Kept for the backward pass of the heaviest micro-batch, with what its largest block needs while it runs."""
+    host: int
+
+    @property
+    def device(self) -> int:
+        """All that lies on the device."""
+        return sum(getattr(self, f.name) for f in fields(self)) - self.host
+
+
+def states(model: nn.Module, config: Config, world: int, dtype: torch.dtype) -> Memory:
+    """Weights, gradients and optimizer state as DeepSpeed holds them between a backward pass and the step; no activations."""
+    stage, size = config.deepspeed.stage, dtype.itemsize
+    zero: dict[str, Any] = config.deepspeed.extra.get("zero_optimization", {})
+    parameters = list(model.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    whole = sum(p.numel() for p in parameters)
+    part = -(-trained // world)
+    if stage == 0:
+        if dtype is torch.float32:
+            return Memory(size * whole, FP32 * trained, 2 * FP32 * trained, 0, 0, 0)
+        return Memory(size * whole, FP32 * trained, 3 * FP32 * part, 0, 0, 0)
+    bucket = size * min(trained, int(zero.get("reduce_bucket_size", REDUCE_BUCKET)))
+    optimizer, gradients, weights, host = 3 * FP32 * part, FP32 * part, size * whole, 0
+    if stage == 3:
+        small = sum(p.numel() for p in parameters if p.numel() < int(zero.get("stage3_param_persistence_threshold", PERSISTENT)))
+        weights = size * (-(-whole // world) + small)
+        largest = max((sum(p.numel() for p in block.parameters()) for block in _gathered_together(model)), default=0)
+        bucket += size * min(largest, int(zero.get("stage3_max_live_parameters", GATHERED)))
+        if _offloaded(zero, "offload_param"):
+            weights, host = size * small, size * -(-whole // world)
+    if stage == 1:
+        gradients = FP32 * trained
+    if _offloaded(zero, "offload_optimizer"):
+        host += optimizer + gradients
+        optimizer = gradients = 0
+    return Memory(weights, gradients, optimizer, bucket, 0, host)
+
+
+def activations(model: XComposer2, shape: Shape, checkpointing: Checkpointing, dtype: torch.dtype) -> int:
+    """Bytes kept for the backward pass of a micro-batch under a fused attention kernel, and the peak of its largest block."""
+    size = dtype.itemsize
+    vision_flows = _trained([model.vision])
+    decoder_flows = vision_flows or _trained([model.projector, model.decoder])
+    kept, largest = 0, 0
+    for blocks, flows, cost in (
+        (model.vision.vit.blocks, vision_flows, lambda block, mode: _vision_block(model, block, shape, mode)),
+        (model.decoder.layers, decoder_flows, lambda block, mode: _decoder_layer(block, shape, mode)),
+    ):
+        for i, block in enumerate(blocks if flows else ()):
+            mode = is_recomputed(checkpointing, i)
+            kept += cost(block, mode)
+            if mode != "none":
+                largest = max(largest, cost(block, "none") - cost(block, mode))
+    hidden = model.decoder.norm.weight.shape[0]
+    linear_in, linear_out = model.projector.linear_in.weight, model.projector.linear_out.weight
+    if vision_flows or _trained([model.projector]):
+        kept += shape.image_tokens * (linear_in.shape[1] + linear_in.shape[0] + linear_out.shape[1])
+    kept += sum(shape.lengths) * hidden * 2 + shape.targets * hidden
+    vocab = model.head.weight.shape[0]
+    rows = min(shape.targets, max(1, CHUNK_LOGITS // vocab))
+    # In the backward pass of a chunk: logits and their gradient in fp32, and the gradient in the model's format.
+    return size * (kept + largest) + rows * vocab * (2 * FP32 + size)
+
+
+def of_run(model: XComposer2, config: Config, world: int, dtype: torch.dtype, shape: Shape) -> Memory:
+    """Everything that a rank needs for a micro-batch of this shape."""
+    held = states(model, config, world, dtype)
+    return Memory(
+        held.weights, held.gradients, held.optimizer, held.buffers, activations(model, shape, config.train.checkpointing, dtype), held.host
+    )
+
+
+def _decoder_layer(layer: Layer, shape: Shape, mode: str) -> int:
+    """Numbers that a layer keeps."""
+    T, attention, ffn = sum(shape.lengths), layer.attention, layer.feed_forward
+    D, F, width = layer.ffn_norm.weight.shape[0], ffn.w1.weight.shape[0], attention.wo.weight.shape[1]
+    if mode == "full":
+        return T * D
+    linears = (attention.wqkv, attention.wo, ffn.w1, ffn.w3, ffn.w2)
+    low_rank = 0
+    for linear in linears if attention.wo.mode is not LowRankMode.none else ():
+        V = shape.image_tokens if linear.mode is LowRankMode.plora else T
+        own_input = linear.mode is LowRankMode.plora and linear is not ffn.w3  # w1 and w3 share their gathered rows
+        inputs = linear.weight.shape[1] * (own_input + 2 * (linear.dropout > 0))
+        low_rank += V * (linear.plora_a.shape[0] + (inputs if mode == "none" else 0))
+    qkv = attention.wqkv.weight.shape[0]
+    if mode == "ops":
+        return T * (D + qkv + width + D + 2 * F + D) + low_rank
+    trained = linears[0].weight.requires_grad
+    norms = 2 * T * D * (1 + layer.ffn_norm.weight.requires_grad + trained)
+    return norms + T * (qkv + width + 3 * F + (F if trained else 0)) + low_rank
+
+
+def _vision_block(model: XComposer2, block: nn.Module, shape: Shape, mode: str) -> int:
+    """Numbers that a ViT block keeps; QuickGELU keeps its sigmoid besides."""
+    tokens = shape.images * (model.vision.grid**2 + model.vision.vit.num_prefix_tokens)
+    width, inner = model.vision.width, block.mlp.fc1.weight.shape[0]
+    if mode == "full":
+        return tokens * width
+    if mode == "ops":
+        return tokens * (width + 3 * width + width + width + inner + width)
+    quick = not isinstance(block.mlp.act, nn.GELU)
+    return tokens * (9 * width + inner * (2 + quick))
+
+
+def _gathered_together(model: nn.Module) -> list[nn.Module]:
+    """Blocks whose weights ZeRO-3 has at once: those of the ViT and the decoder, and each other part."""
+    if not isinstance(model, XComposer2):
+        return [model]
+    return [*model.vision.vit.blocks, *model.decoder.layers, model.decoder.tok_embeddings, model.head, model.projector]
+
+
+def _trained(modules: Iterable[nn.Module]) -> bool:
+    return any(p.requires_grad for module in modules for p in module.parameters())
+
+
+def _offloaded(zero: dict[str, Any], key: str) -> bool:
+    return (zero.get(key) or {}).get("device", "none") != "none"
