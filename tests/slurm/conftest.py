@@ -4,7 +4,9 @@ Invariant: where Slurm cannot run (not root, no packages, no namespaces) the tes
 """
 
 import os
+import random
 import shutil
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +31,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if subprocess.run(["unshare", "--uts", "--pid", "--mount", "--fork", "true"], capture_output=True).returncode:
         pytest.skip("a real Slurm needs CAP_SYS_ADMIN: its nodes are namespaces")
     state = tmp_path_factory.mktemp("slurm")
-    made = Cluster(SCRIPT, {**os.environ, "SLURM_CLUSTER_DIR": str(state / "cluster"), "SLURM_CONF": str(state / "cluster/slurm.conf")})
+    ports = {"CTLD_PORT": str(free := _free_ports(NODES + 2)), "SLURMD_PORT": str(free + 1)}  # sessions beside this one have theirs
+    where = {"SLURM_CLUSTER_DIR": str(state / "cluster"), "SLURM_CONF": str(state / "cluster/slurm.conf")}
+    made = Cluster(SCRIPT, {**os.environ, **where, **ports})
     started = made.call("up", str(NODES), check=False)
     if started.returncode:
         made.call("down", check=False)
@@ -38,6 +42,19 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield made
     finally:
         made.call("down")
+
+
+def _free_ports(count: int) -> int:
+    """The first of some ports in a row that nobody listens on, below those that the kernel hands out."""
+    while True:
+        first = random.randrange(16000, 30000)
+        try:
+            for port in range(first, first + count):
+                with socket.socket() as probe:
+                    probe.bind(("0.0.0.0", port))
+        except OSError:
+            continue
+        return first
 
 
 @pytest.fixture(scope="session")
