@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from hostile_members import jpeg_scans
+from indexing import TOKENIZER, statuses
 from raw_tar import header, padded, pax, seal
 from tars import make_document, make_image, make_pairs, write_tar
 
@@ -24,7 +25,6 @@ from data_pipeline.text.tokenizer import LONG, Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNNER = ROOT / "tests" / "support" / "hostile_run.py"
-TOKENIZER = Tokenizer(ROOT / "examples" / "demo" / "tokenizer")
 PEAK_MIB = 3072
 """Bound on the resident memory of the process: what torch and its neighbours take, and one picture of `PIXEL_LIMIT` with alpha."""
 CHUNK = 1000
@@ -96,13 +96,6 @@ def figures(inputs: list[dict]) -> str:
 
 
 # What the inputs found, each by name.
-
-
-def statuses(shard: Path, kind: Kind) -> list[tuple[str, str]]:
-    """(key, status) of every row of the shard's new index."""
-    index_shard(shard, shard.parent, kind, TOKENIZER)
-    table = read_index(sidecar_path(shard, shard.parent)).table
-    return list(zip(table["key"].to_pylist(), table["status"].to_pylist(), strict=True))
 
 
 def text_shard(folder: Path, between: bytes, size: int = 0) -> Path:
