@@ -31,6 +31,17 @@ def command_line(run: Callable[[], int]) -> int:
         return EXIT_DONE
 
 
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, words: str) -> argparse.Namespace:
+    """The arguments of a command whose list `words` takes every word, also those behind an option, which argparse leaves over."""
+    args, rest = parser.parse_known_args(argv)
+    if hasattr(args, words):
+        getattr(args, words).extend(r for r in rest if not r.startswith("-"))
+        rest = [r for r in rest if r.startswith("-")]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     sys.exit(command_line(lambda: command(argv)))
@@ -42,12 +53,7 @@ def command(argv: Sequence[str] | None) -> int:
     Raises:
         UserError, TryAgainError: as the command does.
     """
-    args, rest = _parser().parse_known_args(argv)
-    if hasattr(args, "overrides"):  # argparse leaves what comes after an option
-        args.overrides += [r for r in rest if not r.startswith("-")]
-        rest = [r for r in rest if r.startswith("-")]
-    if rest:
-        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    args = parse(_parser(), argv, "overrides")
     args.command = shlex.join(["xc-data", *(sys.argv[1:] if argv is None else argv)])
     return args.run(args)
 

@@ -9,19 +9,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipeline.cli import command_line
+from data_pipeline.cli import command_line, parse
 from data_pipeline.errors import EXIT_DONE, UserError
 from train.config import Config
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    args, rest = _parser().parse_known_args(argv)
-    if hasattr(args, "what"):  # argparse leaves what comes after an option
-        args.what += [r for r in rest if not r.startswith("-")]
-        rest = [r for r in rest if r.startswith("-")]
-    if rest:
-        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    args = parse(_parser(), argv, "what")
     sys.exit(command_line(lambda: args.run(args)))
 
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from measure import BATCH, peer
 from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
-from torch.utils.data import default_collate
-from work import decoded_square, tokens
+from work import collate, decoded
 
 
 class Pairs(StreamingDataset):
@@ -19,8 +18,7 @@ class Pairs(StreamingDataset):
         self.decoder = decoder
 
     def __getitem__(self, at: Any) -> tuple[Any, list[int]]:
-        sample = super().__getitem__(at)
-        return decoded_square(sample["image"], self.decoder), tokens(sample["caption"])
+        return decoded(super().__getitem__(at), self.decoder)
 
 
 def prepare(shards: Path, work: Path) -> None:
@@ -37,13 +35,8 @@ def prepare(shards: Path, work: Path) -> None:
 def batches(shards: Path, work: Path, decoder: str) -> Iterator[int]:
     """Pictures of each batch."""
     pairs = Pairs(work / "mosaic", decoder)
-    for images, _ in StreamingDataLoader(pairs, batch_size=BATCH, num_workers=1, collate_fn=_collate):
+    for images, _ in StreamingDataLoader(pairs, batch_size=BATCH, num_workers=1, collate_fn=collate):
         yield len(images)
-
-
-def _collate(samples: list[tuple[Any, list[int]]]) -> tuple[Any, list[list[int]]]:
-    images, captions = zip(*samples, strict=True)
-    return default_collate(list(images)), list(captions)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,15 @@
 """
 
 import io
+from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from fixture import TOKENIZER
 from measure import SIZE
 from PIL import Image
+from torch.utils.data import default_collate
 from torchvision import transforms
 
 from data_pipeline.config import ImageConfig
@@ -30,6 +33,17 @@ def decoded_square(data: bytes, decoder: str) -> torch.Tensor:
     if decoder == "pil":
         return square(Image.open(io.BytesIO(data)).convert("RGB"))
     return torch.from_numpy(load_square(data, ImageConfig(size=SIZE), None))
+
+
+def decoded(sample: Mapping[str, Any], decoder: str) -> tuple[torch.Tensor, list[int]]:
+    """Pixels and token ids of a sample that holds an encoded `image` and its `caption`."""
+    return decoded_square(sample["image"], decoder), tokens(sample["caption"])
+
+
+def collate(samples: Sequence[tuple[torch.Tensor, list[int]]]) -> tuple[torch.Tensor, list[list[int]]]:
+    """Pictures [M, 3, SIZE, SIZE] and token ids of a batch of `decoded`."""
+    images, captions = zip(*samples, strict=True)
+    return default_collate(list(images)), list(captions)
 
 
 def tokens(text: str) -> list[int]:

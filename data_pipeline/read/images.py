@@ -152,7 +152,7 @@ def decode(data: bytes) -> Image.Image:
             if upright.mode.startswith("I;16"):
                 return Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8)).convert("RGB")  # PIL would clip at 255
             if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-                rgba = upright.convert("RGBA")
+                rgba = upright if upright.mode == "RGBA" else upright.convert("RGBA")  # one copy less of what may be 700 MB
                 return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
             return upright.convert("RGB")
     except MemoryError:

@@ -11,9 +11,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-import yaml
 from demo_data import START, segments_of
 from PIL import Image
+from stage_yaml import write_stage
 from tars import make_image, make_pairs, overwrite, write_tar
 
 from data_pipeline.configure import load_data_view
@@ -28,22 +28,7 @@ COMMANDS = ("index", "merge", "stats", "verify", "select", "ledger", "preview", 
 @pytest.fixture
 def config(demo, tmp_path) -> Path:
     """A stage's YAML over the demo."""
-    data = {
-        "tokenizer": str(demo.tokenizer),
-        "sources": {name: {"path": str(demo.source(name))} for name in ("pairs", "documents", "text")},
-        "unit": "epochs",
-        "context": 256,
-        "images": {"size": 64, "tokens": 4},
-        "images_per_pack": 24,
-        "segments_per_pack": 64,
-        "global_batch": 8,
-    }
-    return write(tmp_path / "demo.yaml", {"run": {"name": "demo", "seed": 3}, "data": data, "model": {"of": "another package"}})
-
-
-def write(path: Path, content: dict) -> Path:
-    path.write_text(yaml.safe_dump(content))
-    return path
+    return write_stage(tmp_path / "demo.yaml", demo)
 
 
 @pytest.fixture
@@ -255,8 +240,7 @@ def test_preview_shows_data_as_text_and_says_what_was_dropped(demo, tmp_path, xc
     assert xc_data("merge", source) == 0
     shard = source / "a.tar"
     overwrite(shard, shard.read_bytes().index(b"red apple 1"), b"R")
-    data = {"tokenizer": str(demo.tokenizer), "sources": {"s": {"path": str(source)}}, "unit": "epochs", "context": 256, "global_batch": 1}
-    config = write(tmp_path / "c.yaml", {"data": {**data, "images": {"size": 64, "tokens": 4}}})
+    config = write_stage(tmp_path / "c.yaml", demo, sources={"s": {"path": str(source)}}, global_batch=1)
     assert xc_data("preview", config, "-o", tmp_path / "page.html") == 0
     page = (tmp_path / "page.html").read_text()
     assert "h&lt;b&gt;i" in page

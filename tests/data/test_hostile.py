@@ -13,10 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hostile_members import jpeg_scans
+from hostile_members import jpeg_scans, png, zeros
+from indexing import TOKENIZER, statuses
 from raw_tar import header, padded, pax, seal
 from tars import make_document, make_image, make_pairs, write_tar
 
+from data_pipeline.read.images import decode
 from data_pipeline.samples import ELEMENT_LIMIT, TEXT_LIMIT, BadSample, Kind, image_size, parse
 from data_pipeline.shards.index import OK, REASON_LIMIT, index_shard, read_index, sidecar_path
 from data_pipeline.shards.tar import HEADER_LIMIT, NAME_LIMIT, SAMPLE_LIMIT
@@ -24,11 +26,10 @@ from data_pipeline.text.tokenizer import LONG, Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNNER = ROOT / "tests" / "support" / "hostile_run.py"
-TOKENIZER = Tokenizer(ROOT / "examples" / "demo" / "tokenizer")
 PEAK_MIB = 3072
 """Bound on the resident memory of the process: what torch and its neighbours take, and one picture of `PIXEL_LIMIT` with alpha."""
 CHUNK = 1000
-CHILDREN = 4
+CHILDREN = 2
 """Processes of the long version."""
 SILENCE = 3600
 """Seconds that a child may take for its chunk; the child ends itself earlier where a single input hangs."""
@@ -96,13 +97,6 @@ def figures(inputs: list[dict]) -> str:
 
 
 # What the inputs found, each by name.
-
-
-def statuses(shard: Path, kind: Kind) -> list[tuple[str, str]]:
-    """(key, status) of every row of the shard's new index."""
-    index_shard(shard, shard.parent, kind, TOKENIZER)
-    table = read_index(sidecar_path(shard, shard.parent)).table
-    return list(zip(table["key"].to_pylist(), table["status"].to_pylist(), strict=True))
 
 
 def text_shard(folder: Path, between: bytes, size: int = 0) -> Path:
@@ -177,6 +171,22 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded():
     with pytest.raises(BadSample, match="image too large: 4000x4000 in 500 scans"):
         image_size(jpeg_scans(4000, 500))
     assert image_size(jpeg_scans(4000, 20)) == (4000, 4000)
+
+
+def test_a_picture_with_alpha_is_held_three_times_at_most():
+    """At the pixel limit each copy is 700 MB."""
+    side = 3000
+    data = png(side, side, zeros(side * (side * 4 + 1)), colour=6)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident("VmHWM")
+    decode(data)
+    assert resident("VmHWM") - before < 3.5 * side * side * 4
+
+
+def resident(name: str) -> int:
+    """Bytes of this process's memory, as /proc/self/status has them under this name."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
 
 
 @pytest.mark.parametrize("kind", list(Kind))

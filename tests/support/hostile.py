@@ -19,7 +19,7 @@ from tars import make_document
 from data_pipeline.samples import Kind
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
-AROUND = 3
+AROUND = 2
 """Good samples on either side of a hostile one."""
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow as pa
 from hostile import Case, case
 
 from data_pipeline.batch import Segment
@@ -131,6 +132,7 @@ def main(folder: Path, first: int, count: int) -> None:
     warnings.simplefilter("ignore")
     mapped = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (mapped + HEADROOM,) * 2)  # so that a blow-up is this process's, not the machine's
+    pa.set_cpu_count(1)  # threads for tables of ten rows cost more than they do
     os.fsync = lambda _: None  # many small files; whether they outlive a power cut is not asked here
     faulthandler.register(signal.SIGXCPU, chain=True)  # says where an input hangs, then the signal ends the process
     tokenizer = Tokenizer(Path(__file__).resolve().parents[2] / "examples" / "demo" / "tokenizer")

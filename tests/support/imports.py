@@ -8,13 +8,28 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import webdataset
+from tars import make_image
 
 from data_pipeline.config import DataConfig, ImageConfig, MixUnit, SourceConfig
 from data_pipeline.loader import open_data
 from data_pipeline.plan.plan import Cursor
 from data_pipeline.read.materialise import Materialiser
-from data_pipeline.samples import Element
+from data_pipeline.samples import AnswerEndElement, Element, ImageElement, TextElement, TurnElement
 from data_pipeline.shards.source import ShardSource
+
+COLOURS = ("red", "green", "blue", "white", "black", "yellow", "orange", "pink", "grey", "brown")
+PICTURES = [make_image(8 + i, 6, colour) for i, colour in enumerate(COLOURS)]
+
+
+def words(elements: Sequence[Element]) -> str:
+    """What a person would read: images as [number in PICTURES], turns as |, ends of answers as a full stop."""
+    marks = {TextElement: lambda e: e.text, ImageElement: lambda e: f"[{PICTURES.index(e.data)}]", TurnElement: lambda e: "|"}
+    return "".join(marks.get(type(e), lambda e: "." if isinstance(e, AnswerEndElement) else "")(e) for e in elements)
+
+
+def talk(*turns: str) -> list[dict[str, str]]:
+    """A conversation that a human begins."""
+    return [{"from": "gpt" if i % 2 else "human", "value": value} for i, value in enumerate(turns)]
 
 
 def write_json(path: Path, value: Any) -> Path:
