@@ -5,7 +5,6 @@ it, and what it holds is known from headers before a tensor is read. Writing hol
 """
 
 import json
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +119,7 @@ class HubFolder:
             path = self.folder / file
             try:
                 content = _load_pickle(path)
-            except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            except Exception as error:  # noqa: BLE001  a damaged pickle raises whatever its reader stumbles over
                 raise self._unreadable(file, error) from None
             if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
                 raise self._unreadable(file, "it is not a mapping of names to tensors")
