@@ -39,7 +39,8 @@ class Shape:
     def useful(batch: PackedBatch) -> "Shape":
         """What the data asked for."""
         image_tokens = len(batch.image_index) if batch.image_count else 0
-        return Shape(batch.segment_lengths[:-1], batch.image_count, image_tokens, batch.supervised)
+        tiles = len(batch.images) if batch.image_count else 0
+        return Shape(batch.segment_lengths[:-1], tiles, image_tokens, batch.supervised)
 
     def counts(self) -> dict[str, int]:
         """How often each unit of `Product` occurs."""

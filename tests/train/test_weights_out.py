@@ -17,6 +17,7 @@ from train.config import Config, GroupRule, Stage
 from train.model.xcomposer2 import XComposer2
 from train.run_dir import RunDir
 from train.weights import final, hub, initial, official
+from train.weights.export import _config_json
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "examples/demo/tokenizer"
 FROZEN = [GroupRule("vision"), GroupRule("projector"), GroupRule("plora"), GroupRule(".*", trainable=False)]
@@ -27,6 +28,7 @@ def released(tmp_path_factory) -> Path:
     """A tiny InternLM-XComposer2 in bf16 under its official names, in two shards, with what old transformers saved beside."""
     folder = tmp_path_factory.mktemp("released")
     config = stage_config()
+    config.model.projector.marks = True  # 4KHD's two embeddings too
     with torch.device("meta"):
         model = XComposer2(config.model, config.data.images.size)
     generator = torch.Generator().manual_seed(3)
@@ -60,6 +62,7 @@ def finished(config: Config, path: Path) -> RunDir:
 @pytest.fixture
 def config(released, tmp_path) -> Config:
     config = stage_config()
+    config.model.projector.marks = True  # 4KHD's two embeddings too
     config.run.stage, config.run.init_from, config.train.groups, config.train.lr, config.train.steps = (
         Stage.pretrain,
         str(released),
@@ -85,6 +88,7 @@ def test_in_and_out_and_in_again_is_bitwise(config, released, tmp_path, capsys):
     before, after = tensors_of(released), tensors_of(tmp_path / "out")
     assert set(before) - set(after) == {n for n in before if "post_layernorm" in n or "position_ids" in n}
     assert all(t.dtype == torch.bfloat16 and torch.equal(t, before[n]) for n, t in after.items())
+    assert after["plora_sub_GN"].shape[:-1] == (1, 1, 1) and after["plora_glb_GN"].shape[:-1] == (1, 1)
 
     config.run.init_from = str(tmp_path / "out")
     again = finished(config, tmp_path / "again")
@@ -106,8 +110,10 @@ def test_the_folder_says_what_engines_and_people_need(config, tmp_path):
     assert xc_train("export", run.path, tmp_path / "out") == EXIT_DONE
     values = json.loads((tmp_path / "out/config.json").read_text())
     assert values["auto_map"]["AutoModelForCausalLM"] == (
-        "internlm/internlm-xcomposer2-vl-7b--modeling_internlm_xcomposer2.InternLMXComposer2ForCausalLM"
+        "internlm/internlm-xcomposer2-4khd-7b--modeling_internlm_xcomposer2.InternLMXComposer2ForCausalLM"
     )
+    config.model.projector.marks = False
+    assert _config_json(config, torch.bfloat16)["auto_map"]["AutoModel"].startswith("internlm/internlm-xcomposer2-vl-7b--")
     expected = {"hidden_size": 48, "num_key_value_heads": 2, "img_size": 56, "vocab_size": 97, "torch_dtype": "bfloat16", "bos_token_id": 1}
     assert {k: values[k] for k in expected} == {
         **expected,

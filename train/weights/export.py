@@ -31,6 +31,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 REPOSITORIES = {(True, 4096): "internlm/internlm-xcomposer2-7b", (False, 2048): "internlm/internlm-xcomposer2-vl-1_8b"}
 """Where the official modelling code lies, by whether the stage is composition, and width; for all others it is the VL-7B's."""
 VL_7B = "internlm/internlm-xcomposer2-vl-7b"
+KHD_7B = "internlm/internlm-xcomposer2-4khd-7b"
+"""That of models with newline and separator."""
 POSITIONS = 32768
 """InternLM2's longest context."""
 
@@ -158,7 +160,7 @@ def _differences(config: Config) -> list[str]:
 def _config_json(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     """The official config.json's keys with this model's values; code comes from the official repository."""
     decoder, tokenizer = config.model.decoder, Tokenizer(config.data.tokenizer)
-    code = REPOSITORIES.get((config.run.stage is Stage.compose, decoder.hidden), VL_7B)
+    code = KHD_7B if config.model.projector.marks else REPOSITORIES.get((config.run.stage is Stage.compose, decoder.hidden), VL_7B)
     model_class = f"{code}--modeling_internlm_xcomposer2.InternLMXComposer2ForCausalLM"
     return {
         "architectures": ["InternLMXComposer2ForCausalLM"],

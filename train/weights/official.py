@@ -4,11 +4,13 @@ Invariant: every parameter of the model has exactly one place there, so that wha
 """
 
 from train.weights import clip, internlm2
-from train.weights.mapping import Entry, Shapes
+from train.weights.mapping import Entry, Shape, Shapes
 
 VIT = "vit.vision_tower.vision_model."
 IGNORED = rf"({internlm2.IGNORED})|({clip.IGNORED})"
 PROJECTOR = {"linear_in": "0", "linear_out": "2"}
+MARKS = {"projector.newline": ("plora_sub_GN", 4), "projector.separator": ("plora_glb_GN", 3)}
+"""4KHD's learned embeddings: name and number of dimensions, all but the last of size one."""
 PLORA = {"plora_a": "Plora_A.weight", "plora_b": "Plora_B.weight"}
 RANK, SCALE = 256, 1.0
 """What engines take for granted (lmdeploy; the official modelling code, for all linears of the VL-7B)."""
@@ -21,7 +23,15 @@ def entries(shapes: Shapes, architecture: str) -> list[Entry]:
         UserError: the vision tower is not CLIP's.
     """
     tower = clip.entries(shapes, architecture, VIT)
-    return [*(Entry(ours, {_name(ours): shape}) for ours, shape in shapes.items() if not ours.startswith(clip.VIT)), *tower]
+    return [*(_entry(ours, shape) for ours, shape in shapes.items() if not ours.startswith(clip.VIT)), *tower]
+
+
+def _entry(ours: str, shape: Shape) -> Entry:
+    if ours not in MARKS:
+        return Entry(ours, {_name(ours): shape})
+    name, dimensions = MARKS[ours]
+    theirs = (1,) * (dimensions - 1) + shape[-1:]
+    return Entry(ours, {name: theirs}, lambda parts: parts[0].view(shape), lambda parameter: [parameter.view(theirs)])
 
 
 def _name(ours: str) -> str:
