@@ -29,6 +29,7 @@ from data_pipeline.plan.partition import PartitionPolicy
 from data_pipeline.plan.phases import Phase
 from data_pipeline.plan.plan import Cursor, Packs, Plan
 from data_pipeline.plan.split import Pieces
+from data_pipeline.processes import begin_worker
 from data_pipeline.read import budget
 from data_pipeline.read.cache import RangeCache
 from data_pipeline.read.killers import AtWork, Killers
@@ -276,6 +277,7 @@ class Loader:
             batch_size=None,
             num_workers=config.workers,
             prefetch_factor=config.prefetch if config.workers else None,
+            worker_init_fn=begin_worker,
             generator=torch.Generator(),  # its own: starting an iterator must not move the training's random state
         )
 

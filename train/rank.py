@@ -4,10 +4,8 @@ MASTER_ADDR and MASTER_PORT set.
 Invariant: however a rank ends without being killed, `outcome.json` says why, and its exit code is the outcome's.
 """
 
-import ctypes
 import errno
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from data_pipeline.errors import EXIT_CRASH, EXIT_USER, TryAgainError, UserError
+from data_pipeline.processes import end_with_parent
 from train import configure
 from train.run_dir import RunDir, read_json
 
@@ -25,7 +24,7 @@ STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     (run_dir,) = sys.argv[1:] if argv is None else argv
-    _end_with_parent()
+    end_with_parent()  # nobody would watch it, and its run directory is free to others
     sys.exit(run_rank(Path(run_dir)))
 
 
@@ -76,12 +75,6 @@ def run_rank(run_dir: Path) -> int:
     print(f"error: {reason}", file=sys.stderr, flush=True)
     # Other ranks may wait in a collective that this one will never join: leave at once, the launcher ends them.
     os._exit(code)
-
-
-def _end_with_parent() -> None:
-    """Asks the kernel to kill this rank when its launcher is gone: nobody would watch it, and its run directory is free to others."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
 def _redirect_output(run: RunDir, rank: int) -> int:

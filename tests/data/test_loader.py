@@ -14,6 +14,7 @@ from pathlib import Path
 
 import loader_worker
 import numpy as np
+import psutil
 import pytest
 from demo_data import SEED, START, data_config, packs_of_step, run, run_world, same_step, segments_of
 from tars import cut, overwrite
@@ -95,8 +96,11 @@ def test_killed_at_random_steps_and_gone_on_with_in_other_worlds_it_is_the_unint
         while len(done.read_bytes().splitlines()) < lines_then:
             assert process.poll() is None
             time.sleep(0.005)
+        children = psutil.Process(process.pid).children()
+        assert len(children) >= workers
         process.kill()
         assert process.wait() == -signal.SIGKILL
+        assert not psutil.wait_procs(children, timeout=20)[1], "workers end with their trainer"
         process.stdin.close()
         with done.open("rb+") as file:  # the line that was being written
             file.truncate(file.read().rfind(b"\n") + 1)
