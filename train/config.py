@@ -193,7 +193,6 @@ class Recompute(Enum):
     none = "none"  # all are kept
     full = "full"  # of a block only its input is kept
     every = "every"  # the same in one block of `every`
-    ops = "ops"  # the outputs of large products and attention kernels are kept, everything between them is computed again
 
 
 @dataclass
@@ -201,7 +200,7 @@ class Checkpointing:
     """Activation checkpointing of the blocks of ViT and decoder: memory for time. Losses and gradients stay the same."""
 
     kind: Recompute = Recompute.none
-    """none, full, every or ops."""
+    """none, full or every."""
     every: int = 2
     """With kind `every`: the first of each so many blocks is checkpointed; 1 is `full`."""
 

@@ -193,11 +193,9 @@ class _Walk:
             a, b = linear.plora_a, linear.plora_b
             unit = "image_token" if linear.mode is LowRankMode.plora else "token"
             low_rank_flows = self._flows or a.requires_grad
-            # The mode `ops` does not keep B's product: that would cost as much memory as keeping W's, and save next to nothing.
-            mode_of_b = "full" if mode == "ops" else mode
             found += [
                 self._product("plora", unit, a.numel(), a.requires_grad, self._flows, mode),
-                self._product("plora", unit, b.numel(), b.requires_grad, low_rank_flows, mode_of_b),
+                self._product("plora", unit, b.numel(), b.requires_grad, low_rank_flows, mode),
             ]
         self._flows |= _trained(linear)
         return found

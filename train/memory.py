@@ -121,10 +121,8 @@ def _decoder_layer(layer: Layer, shape: Shape, mode: str) -> int:
         V = shape.image_tokens if linear.mode is LowRankMode.plora else T
         own_input = linear.mode is LowRankMode.plora and linear is not ffn.w3  # w1 and w3 share their gathered rows
         inputs = linear.weight.shape[1] * (own_input + 2 * (linear.dropout > 0))
-        low_rank += V * (linear.plora_a.shape[0] + (inputs if mode == "none" else 0))
+        low_rank += V * (linear.plora_a.shape[0] + inputs)
     qkv = attention.wqkv.weight.shape[0]
-    if mode == "ops":
-        return T * (D + qkv + width + D + 2 * F + D) + low_rank
     trained = linears[0].weight.requires_grad
     norms = 2 * T * D * (1 + layer.ffn_norm.weight.requires_grad + trained)
     return norms + T * (qkv + width + 3 * F + (F if trained else 0)) + low_rank
@@ -136,8 +134,6 @@ def _vision_block(model: XComposer2, block: nn.Module, shape: Shape, mode: str) 
     width, inner = model.vision.width, block.mlp.fc1.weight.shape[0]
     if mode == "full":
         return tokens * width
-    if mode == "ops":
-        return tokens * (width + 3 * width + width + width + inner + width)
     quick = not isinstance(block.mlp.act, nn.GELU)
     return tokens * (9 * width + inner * (2 + quick))
 

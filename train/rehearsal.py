@@ -33,6 +33,7 @@ def heaviest_batch(config: DataConfig, with_images: bool) -> PackedBatch:
         images=torch.zeros(max(1, packs * images), 3, config.images.size, config.images.size, dtype=torch.uint8),
         image_grid=torch.ones(max(1, packs * images), 2, dtype=torch.int64),
         image_index=image_index,
+        image_rows=torch.arange(len(image_index)),
         target_index=torch.cat([words, torch.full((surplus,), T - 1)]),
         targets=torch.cat([torch.zeros(len(words), dtype=torch.int64), torch.full((surplus,), IGNORE)]),
         target_segment=torch.cat([words // context, torch.full((surplus,), packs)]),
@@ -41,4 +42,5 @@ def heaviest_batch(config: DataConfig, with_images: bool) -> PackedBatch:
         segment_lengths=lengths,
         supervised=len(words),
         image_count=packs * images,
+        image_lengths=(each,) * max(1, packs * images),
     )

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import PackedBatch
 from data_pipeline.errors import UserError
-from train.config import Checkpointing, LowRankMode, ModelConfig
+from train.config import Checkpointing, ModelConfig
 from train.model.attention import Segments
 from train.model.decoder import Decoder, Head
-from train.model.plora import PLoRALinear
 from train.model.projector import Projector
 from train.model.recompute import checkpoint_blocks
 from train.model.vision import VisionTower
@@ -57,9 +56,8 @@ class XComposer2(nn.Module):
 
     def apply_cost_settings(self, checkpointing: Checkpointing, compiled: bool = False) -> None:
         """Activation checkpointing and compilation of the blocks of ViT and decoder; to be called once, before training."""
-        low_ranks = {m.plora_a.shape[0] for m in self.modules() if isinstance(m, PLoRALinear) and m.mode is not LowRankMode.none}
         for blocks in (self.vision.vit.blocks, self.decoder.layers):
-            checkpoint_blocks(blocks, checkpointing, low_ranks)
+            checkpoint_blocks(blocks, checkpointing)
             for block in blocks if compiled else ():
                 block.compile()
 
