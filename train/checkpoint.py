@@ -165,7 +165,7 @@ def read_state(folder: Path) -> TrainState:
 def load(folder: Path, engine: Engine, ranks: Ranks, state: TrainState, run: RunDir) -> None:
     """Puts weights, optimizer and random state of a checkpoint in place, of another number of ranks too."""
     if state.world != ranks.world:
-        copy = reshape.converted(folder, run, ranks, state.zero_stage)
+        copy = reshape.converted(folder, run, ranks)
         engine.load(copy.parent, copy.name)
         ranks.barrier()
         if ranks.rank == 0:

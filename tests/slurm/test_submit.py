@@ -72,7 +72,8 @@ def test_a_name_is_only_a_name_and_the_job_runs_the_code_and_config_that_were_su
     # The ranks' Python is a script that tells what it was given: no training is needed to see what a job runs.
     probe = tmp_path / "probe's python"
     probe.write_text(
-        f'#!/bin/bash\necho "$RANK/$WORLD_SIZE $LOCAL_RANK $MASTER_ADDR ${{PYTHONPATH%%:*}} $MARK $*" >>"{tmp_path}/told"\nexit 2\n'
+        f'#!/bin/bash\necho "$RANK/$WORLD_SIZE $LOCAL_RANK $MASTER_ADDR ${{PYTHONPATH%%:*}} $MARK $*" >>"{tmp_path}/told"\n'
+        f'until [ -e "{tmp_path}/seen" ]; do sleep 0.1; done; exit 2\n'
     )
     probe.chmod(0o755)
     mark = "`touch x`; $HOME 'q'"
@@ -87,7 +88,8 @@ def test_a_name_is_only_a_name_and_the_job_runs_the_code_and_config_that_were_su
     again = stage.command("submit", str(stage.config))
     assert again.returncode == EXIT_USER
     assert "xc-slurm stop" in again.stderr
-    assert stage.wait_for_end(cluster, job, 30) == "FAILED"
+    (tmp_path / "seen").touch()
+    assert stage.wait_for_end(cluster, job, 60) == "FAILED"
     told = sorted((tmp_path / "told").read_text().splitlines())
     assert [line.split()[0] for line in told] == ["0/4", "1/4", "2/4", "3/4"]
     assert [line.split()[1] for line in told] == ["0", "1", "0", "1"]

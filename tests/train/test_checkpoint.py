@@ -153,6 +153,7 @@ def test_what_cannot_be_gone_on_with_is_refused_with_the_way_out(run):
     folder = run.checkpoints / "step-00000001"
     for then, now, cure in [
         ({"world": 2, "zero_stage": 0}, {"world": 1, "zero_stage": 0}, "--procs 2, not 1"),
+        ({"world": 2, "zero_stage": 3}, {"world": 1, "zero_stage": 3}, "--procs 2, not 1"),
         ({"zero_stage": 3}, {"zero_stage": 2}, "deepspeed.stage 3, not 2"),
         ({"dtype": "torch.bfloat16"}, {"dtype": "torch.float32"}, "train.precision"),
         ({"plan_digest": "a"}, {"plan_digest": "b"}, "data.change"),

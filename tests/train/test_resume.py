@@ -181,10 +181,10 @@ def test_ranks_end_when_their_launcher_is_killed_and_leave_no_shared_memory(stag
 
 
 def test_another_number_of_ranks_sees_the_same_samples_and_loses_nothing_but_the_order_of_sums(whole, continued, other_engines, tmp_path):
-    """2 ranks, then 1, then 2 again under ZeRO-2; 2, then 1 under ZeRO-1 in bf16 and under ZeRO-3."""
+    """2 ranks, then 1, then 2 again under ZeRO-2; 2, then 1 under ZeRO-1 in bf16; under ZeRO-3 it is refused."""
     wholes, _ = other_engines
     reshaped = {"zero-2": (continued("reshaped", 16), whole)}
-    for name in ("zero-1-bf16", "zero-3"):
+    for name in ("zero-1-bf16",):
         one = Stage(tmp_path / f"{name}.yaml", RunDir(tmp_path / name), wholes[name].environment)
         one.config.write_text(wholes[name].config.read_text().replace(f"dir: {wholes[name].run.path}\n", f"dir: {one.run.path}\n"))
         shutil.copytree(wholes[name].run.path, one.run.path)
