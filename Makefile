@@ -20,7 +20,7 @@ demo: $(READY)
 # Side by side: the tests of the folders that start ranks, and the others, which need one core.
 RANKS := tests/train tests/slurm
 test: $(READY)
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync=line test-ranks test-others
+	@$(MAKE) --no-print-directory --jobs 2 test-ranks test-others
 
 test-ranks: $(READY)
 	@$(BIN)/python -m pytest $(RANKS)
