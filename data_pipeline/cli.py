@@ -12,34 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.errors import EXIT_DONE, EXIT_NEEDS_PERSON, TryAgainError, UserError
+from data_pipeline.command_line import command_line, parse
+from data_pipeline.errors import EXIT_DONE, EXIT_NEEDS_PERSON, UserError
 from data_pipeline.importers.command import DESCRIPTION, add_layouts
 from data_pipeline.shards import query
 
 if TYPE_CHECKING:
     from data_pipeline.shards.selection import Selection
-
-
-def command_line(run: Callable[[], int]) -> int:
-    """Runs a command, turning its user errors into one line and their exit code."""
-    try:
-        return run()
-    except (UserError, TryAgainError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:
-        return EXIT_DONE
-
-
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, words: str) -> argparse.Namespace:
-    """The arguments of a command whose list `words` takes every word, also those behind an option, which argparse leaves over."""
-    args, rest = parser.parse_known_args(argv)
-    if hasattr(args, words):
-        getattr(args, words).extend(r for r in rest if not r.startswith("-"))
-        rest = [r for r in rest if r.startswith("-")]
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,23 +8,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_pipeline.command_line import command_line, parse
 from data_pipeline.errors import EXIT_DONE, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    args, rest = _parser().parse_known_args(argv)
-    if hasattr(args, "overrides"):  # argparse leaves what comes after an option
-        args.overrides += [r for r in rest if not r.startswith("-")]
-        rest = [r for r in rest if r.startswith("-")]
-    if rest:
-        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    args = parse(_parser(), argv, "overrides")
     try:
-        code = args.run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = error.exit_code
-    except (BrokenPipeError, KeyboardInterrupt):
+        code = command_line(lambda: args.run(args))
+    except KeyboardInterrupt:  # how one leaves --watch and -f
         code = EXIT_DONE
     sys.exit(code)
 

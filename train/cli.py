@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipeline.cli import command_line, parse
+from data_pipeline.command_line import command_line, parse
 from data_pipeline.errors import EXIT_DONE, UserError
 from train.config import Config
 

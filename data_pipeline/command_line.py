@@ -1,0 +1,32 @@
+"""What the four console commands have in common: how they take their words, and how they end.
+
+Invariant: a user error is one line on stderr and its exit code, never a traceback; nothing here imports more than the errors.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from data_pipeline.errors import EXIT_DONE, TryAgainError, UserError
+
+
+def command_line(run: Callable[[], int]) -> int:
+    """Runs a command, turning its user errors into one line and their exit code."""
+    try:
+        return run()
+    except (UserError, TryAgainError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        return EXIT_DONE
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, words: str) -> argparse.Namespace:
+    """The arguments of a command whose list `words` takes every word, also those behind an option, which argparse leaves over."""
+    args, rest = parser.parse_known_args(argv)
+    if hasattr(args, words):
+        getattr(args, words).extend(r for r in rest if not r.startswith("-"))
+        rest = [r for r in rest if r.startswith("-")]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
