@@ -32,6 +32,7 @@ setup(
         "wandb>=0.20,<1",
         "webdataset>=1.0,<2",
         "wordllama>=0.4,<0.5",  # sentence embeddings whose weights lie in the package
+        "xxhash>=3.5,<5",
     ],
     extras_require={
         "gpu": ["flash-attn>=2.8,<3"],

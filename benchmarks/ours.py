@@ -22,6 +22,7 @@ from data_pipeline.config import DataConfig, ImageConfig, SourceConfig
 from data_pipeline.loader import Loader, StepData, open_data
 from data_pipeline.plan.balance import CostModel
 from data_pipeline.plan.plan import Cursor
+from data_pipeline.processes import keep_freed_memory
 from data_pipeline.read.images import load_square
 
 SEED = 0
@@ -50,6 +51,7 @@ def loader(shards: Path) -> Iterator[int]:
 
 def limit(shards: Path, count: int) -> Iterator[int]:
     """Decoding and resizing alone, of pictures that lie in memory: what no loader with this decoder can pass."""
+    keep_freed_memory()  # as a worker does
     policy = ImageConfig(size=SIZE)
     pictures = fixture.read(sorted(shards.glob("*.tar")), count)
     while True:

@@ -114,8 +114,8 @@ L_BUCKET = 64
 def assemble(segments: Sequence[Segment], image_size: int, image_tokens: int, pad_id: int, room: np.ndarray | None = None) -> PackedBatch:
     """Lays segments end to end and closes with the padding segment; no segment at all gives an empty pack.
 
-    `image_size` and `image_tokens` are those of one tile. `room` [at least M, 3, H, W] uint8 is where the tiles are laid; new memory by
-    default.
+    `image_size` and `image_tokens` are those of one tile. `room` [at least M, 3, H, W] uint8 is where the segments' tiles lie already, one
+    behind the other; by default they are copied together.
     """
     rendered = [s.rendered for s in segments]
     lengths = [len(r.ids) for r in rendered]
@@ -143,14 +143,15 @@ def assemble(segments: Sequence[Segment], image_size: int, image_tokens: int, pa
     grids = [grid for s in segments for grid in s.grids or [(1, 1)] * len(s.pixels)]
     image_count = len(image_lengths)
     if not pixels:
-        pixels = [np.zeros((3, image_size, image_size), np.uint8)]
+        pixels = [np.zeros((3, image_size, image_size), np.uint8) if room is None else room[0]]
+        pixels[0][:] = 0
         image_index, image_rows = np.full(image_tokens, padding_at), np.arange(image_tokens)
         image_lengths, grids = [image_tokens], [(1, 1)]
     return PackedBatch(
         input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
-        images=torch.from_numpy(np.stack(pixels, out=None if room is None else room[: len(pixels)])),
+        images=torch.from_numpy(np.stack(pixels) if room is None else room[: len(pixels)]),
         image_grid=torch.tensor(grids, dtype=torch.int64),
         image_index=torch.from_numpy(image_index),
         image_rows=torch.from_numpy(image_rows),

@@ -64,8 +64,15 @@ class MicroBatch:
     request: Request
     batch: PackedBatch
     bad: list[BadEntry]
-    handover: Handover | None = None
-    """Where the images are while it travels from a worker; `batch.images` is empty until then."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A micro-batch on its way from a worker."""
+
+    request: Request
+    handover: Handover
+    bad: list[BadEntry]
 
 
 @dataclass(frozen=True)
@@ -225,7 +232,11 @@ class StepSampler(Sampler[Request]):
         return assign(costs, self.ranks, self.config.micro_packs, self.config.global_batch)
 
 
-class _Requests(Dataset["MicroBatch | UserError | TryAgainError"]):
+Found = MicroBatch | Sent | UserError | TryAgainError
+"""What comes back for a request."""
+
+
+class _Requests(Dataset[Found]):
     """`dataset[request]` materialises; the pieces travel in the request, so workers plan nothing.
 
     A user error travels as a value: torch would raise its own copy, with the worker's traceback for a message.
@@ -234,7 +245,7 @@ class _Requests(Dataset["MicroBatch | UserError | TryAgainError"]):
     def __init__(self, materialiser: Materialiser, slots: Slots | None, at_work: AtWork) -> None:
         self.materialiser, self.slots, self.at_work = materialiser, slots, at_work
 
-    def __getitem__(self, request: Request) -> "MicroBatch | UserError | TryAgainError":
+    def __getitem__(self, request: Request) -> Found:
         worker = get_worker_info()
         try:
             if worker is None or self.slots is None:
@@ -243,8 +254,7 @@ class _Requests(Dataset["MicroBatch | UserError | TryAgainError"]):
             batch, bad = self.materialiser.batch(request.packs, room, self.at_work.place(worker.id))
         except (UserError, TryAgainError) as error:
             return error
-        handover = Handover(worker.id, number, len(batch.images))
-        return MicroBatch(request, replace(batch, images=batch.images[:0].clone()), bad, handover)
+        return Sent(request, self.slots.lay(worker.id, number, batch), bad)
 
 
 class Loader:
@@ -267,7 +277,8 @@ class Loader:
         cache = RangeCache(Path(config.cache_dir), int(config.cache_gib * 2**30)) if config.cache_dir else None
         self._remote = any(isinstance(source.path, RemotePath) for source in data.sources)
         self._pin = pin
-        self._slots = Slots(config.workers, config.prefetch, _most_images(config, data), config.images.size) if config.workers else None
+        room = _most_images(config, data), config.images.size, config.micro_packs * config.context
+        self._slots = Slots(config.workers, config.prefetch, *room) if config.workers else None
         self._killers, self._at_work = killers, AtWork(config.workers)
         known = killers.known if killers else ()
         self._materialiser = Materialiser(data.sources, data.tokenizer, config.images, seed, ShardReader(cache), known)
@@ -298,7 +309,7 @@ class Loader:
                 yield StepData(request.step, request.cursor, request.progress, micro_batches)
                 micro_batches = []
 
-    def _found(self) -> Iterator[MicroBatch | UserError | TryAgainError]:
+    def _found(self) -> Iterator[Found]:
         """What the workers hand over, in order."""
         if self._loader.num_workers and self._remote:
             self._loader.multiprocessing_context = worker_context(preload=__name__)
@@ -328,12 +339,11 @@ class Loader:
         said = " and ".join(f"{e.key} in {e.shard} of source {e.source} {e.reason}" for e in entries)
         return TryAgainError(f"{said}; the same command goes on without it")
 
-    def _received(self, found: MicroBatch) -> MicroBatch:
-        """With its images, out of the worker's slot: at once, since the slot is written again soon."""
-        batch = found.batch
-        if self._slots is not None and found.handover is not None:
-            batch = replace(batch, images=self._slots.take(found.handover, self._pin))
-        return replace(found, batch=batch.pin_memory() if self._pin else batch, handover=None)
+    def _received(self, found: MicroBatch | Sent) -> MicroBatch:
+        """Out of the worker's slot: at once, since that is written again soon."""
+        if isinstance(found, Sent) and self._slots is not None:
+            found = MicroBatch(found.request, self._slots.take(found.handover, self._pin), found.bad)
+        return replace(found, batch=found.batch.pin_memory()) if self._pin else found
 
 
 def _most_images(config: DataConfig, data: Data) -> int:

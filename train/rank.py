@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from data_pipeline.errors import EXIT_CRASH, EXIT_USER, TryAgainError, UserError
-from data_pipeline.processes import end_with_parent
+from data_pipeline.processes import end_with_parent, keep_freed_memory
 from train import configure
 from train.run_dir import RunDir, read_json
 
@@ -48,6 +48,8 @@ def run_rank(run_dir: Path) -> int:
     try:
         prepare_deepspeed()  # nothing to do under `xc-train run`; srun and torchrun start ranks on machines that it never saw
         device = choose(config.train.precision, int(os.environ.get("LOCAL_RANK", 0)))
+        if device.torch_device.type == "cpu":
+            keep_freed_memory()
         ranks = join(device.backend)
         ending = train(config, run, ranks, device, speaker, watchdog)
         ranks.barrier()

@@ -81,18 +81,21 @@ def image_tokens(data: bytes, policy: ImageConfig) -> int:
     return policy.tokens if policy.policy is ImageRule.square else int(token_count(*_grid(image_size(data), policy), policy.tokens))
 
 
-def load(data: bytes, policy: ImageConfig, rng: np.random.Generator | None) -> Picture:
-    """An encoded image by the policy; augmented with `rng`.
+def load(data: bytes, policy: ImageConfig, rng: np.random.Generator | None, room: np.ndarray | None = None) -> Picture:
+    """An encoded image by the policy; augmented with `rng`; its tiles laid into `room` [at least as many, 3, size, size] uint8, if given.
 
     Raises:
         BadSample: the bytes do not decode.
     """
     if policy.policy is ImageRule.square:
-        return Picture((load_square(data, policy, rng),), None, policy.tokens)
+        return Picture((load_square(data, policy, rng, None if room is None else room[0]),), None, policy.tokens)
     size = image_size(data)
     grid = _grid(size, policy)
     picture = _load(data, content(*size, grid, policy.size), Image.Resampling.BILINEAR, policy, rng)
-    return Picture(cut(picture, grid, policy.size), grid, int(token_count(*grid, policy.tokens)))
+    tiles = cut(picture, grid, policy.size)
+    if room is not None:
+        tiles = tuple(np.stack(tiles, out=room[: len(tiles)]))
+    return Picture(tiles, grid, int(token_count(*grid, policy.tokens)))
 
 
 def cut(picture: np.ndarray, grid: Grid, side: int) -> tuple[np.ndarray, ...]:
@@ -116,13 +119,17 @@ def put_together(tiles_MCHW: np.ndarray, grid: Grid) -> np.ndarray:
     return tiles_MCHW.reshape(*grid, 3, side, side).transpose(2, 0, 3, 1, 4).reshape(3, grid[0] * side, grid[1] * side)
 
 
-def load_square(data: bytes, policy: ImageConfig, rng: np.random.Generator | None) -> np.ndarray:
-    """[3, size, size] uint8 of an encoded image, by the policy's decoder; augmented with `rng`.
+def load_square(data: bytes, policy: ImageConfig, rng: np.random.Generator | None, out: np.ndarray | None = None) -> np.ndarray:
+    """[3, size, size] uint8 of an encoded image, by the policy's decoder; augmented with `rng`; written into `out`, if given.
 
     Raises:
         BadSample: the bytes do not decode.
     """
-    return _load(data, (policy.size, policy.size), Image.Resampling.BICUBIC, policy, rng)
+    picture = _load(data, (policy.size, policy.size), Image.Resampling.BICUBIC, policy, rng)
+    if out is None:
+        return np.ascontiguousarray(picture)
+    out[:] = picture
+    return out
 
 
 def _grid(size: tuple[int, int], policy: ImageConfig) -> Grid:
@@ -130,7 +137,7 @@ def _grid(size: tuple[int, int], policy: ImageConfig) -> Grid:
 
 
 def _load(data: bytes, target: Size, filtered: Image.Resampling, policy: ImageConfig, rng: np.random.Generator | None) -> np.ndarray:
-    """[3, height, width] uint8 of an encoded image at the size `target`, by the policy's decoder; augmented with `rng`."""
+    """[3, height, width] uint8, a view, of an encoded image at the size `target`, by the policy's decoder; augmented with `rng`."""
     if policy.decoder is ImageDecoder.fast:
         pixels = _fast_jpeg(data, target, filtered, policy, rng)
         if pixels is not None:
@@ -163,7 +170,7 @@ def decode(data: bytes) -> Image.Image:
 
 def to_square(image: Image.Image, policy: ImageConfig, rng: np.random.Generator | None) -> np.ndarray:
     """[3, size, size] uint8: the whole image resized bicubically with antialias; with `rng`, cropped and jittered first."""
-    return _resized(image, (policy.size, policy.size), Image.Resampling.BICUBIC, policy, rng)
+    return np.ascontiguousarray(_resized(image, (policy.size, policy.size), Image.Resampling.BICUBIC, policy, rng))
 
 
 def _resized(
@@ -179,7 +186,7 @@ def _jittered(picture: Image.Image, policy: ImageConfig, rng: np.random.Generato
     if rng is not None and policy.jitter:
         for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
             picture = enhance(picture).enhance(1 + policy.jitter * rng.uniform(-1, 1))
-    return np.ascontiguousarray(np.asarray(picture, np.uint8).transpose(2, 0, 1))
+    return np.asarray(picture, np.uint8).transpose(2, 0, 1)
 
 
 def _fast_jpeg(
@@ -200,7 +207,7 @@ def _fast_jpeg(
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     picture = interpolate(image, target[::-1], mode=filtered.name.lower(), antialias=True, align_corners=False)[0]
     if rng is None or not policy.jitter:
-        return np.ascontiguousarray(picture.numpy())
+        return picture.numpy()
     return _jittered(Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())), policy, rng)
 
 

@@ -47,20 +47,27 @@ class Materialiser:
 
         Args:
             packs: the pieces of each.
-            room: where the images go; memory of their own by default.
+            room: [at least their tiles, 3, H, W] uint8, where images are decoded to; memory of their own by default.
             at: [2] int64 that says which (source, row) is in work.
         """
-        found = [part for pieces in packs for part in self.segments(pieces, at)]
+        found: list[Segment | BadEntry] = []
+        laid = 0
+        for pieces in packs:
+            found += self.segments(pieces, at, None if room is None else room[laid:])
+            laid = sum(len(s.pixels) for s in found if isinstance(s, Segment))
         return self.assemble([s for s in found if isinstance(s, Segment)], room), [b for b in found if isinstance(b, BadEntry)]
 
-    def segments(self, pieces: Pieces, at: np.ndarray | None = None) -> list[Segment | BadEntry]:
-        """What each piece of a pack gives: its segment, or why it was dropped. `at` as for `batch`."""
+    def segments(self, pieces: Pieces, at: np.ndarray | None = None, room: np.ndarray | None = None) -> list[Segment | BadEntry]:
+        """What each piece of a pack gives: its segment, or why it was dropped. `at` and `room` as for `batch`."""
         data = self.reader.read_all([self._locate(pieces, i) for i in range(len(pieces))])
         found = []
         for i in range(len(pieces)):
             if at is not None:
                 at[:] = pieces.source[i], pieces.row[i]
-            found.append(self._segment(pieces, i, data[i]))
+            segment = self._segment(pieces, i, data[i], room)
+            if room is not None and isinstance(segment, Segment):  # what a dropped one left there is written over
+                room = room[len(segment.pixels) :]
+            found.append(segment)
         if at is not None:
             at[:] = -1
         return found
@@ -99,7 +106,7 @@ class Materialiser:
     def _locate(self, pieces: Pieces, i: int) -> Location:
         return self.sources[int(pieces.source[i])].locate(int(pieces.row[i]))
 
-    def _segment(self, pieces: Pieces, i: int, data: bytes | BadSample) -> Segment | BadEntry:
+    def _segment(self, pieces: Pieces, i: int, data: bytes | BadSample, room: np.ndarray | None) -> Segment | BadEntry:
         source, row, epoch = int(pieces.source[i]), int(pieces.row[i]), int(pieces.epoch[i])
         bounds = Bounds(
             int(pieces.start_element[i]),
@@ -118,19 +125,21 @@ class Materialiser:
             counted = int(pieces.tokens[i]) - (0 if bounds.last else 1)
             if len(rendered.ids) != counted:
                 raise BadSample(f"sample changed since it was indexed: {len(rendered.ids)} tokens, not {counted}")
-            pictures = [self._picture(elements, number, source, epoch, row) for number in rendered.images]
+            pictures, tiles = [], ()
+            for number in rendered.images:
+                pictures.append(self._picture(elements, number, source, epoch, row, None if room is None else room[len(tiles) :]))
+                tiles += pictures[-1].tiles
         except BadSample as error:
             return self.entry(source, row, str(error))
-        tiles = tuple(tile for picture in pictures for tile in picture.tiles)
         return Segment(rendered, tiles, source, row, tuple(grid for picture in pictures for grid in picture.grids))
 
     def _image_tokens(self, element: ImageElement) -> int:
         return image_tokens(element.data, self.images)
 
-    def _picture(self, elements: list[Element], number: int, source: int, epoch: int, row: int) -> Picture:
+    def _picture(self, elements: list[Element], number: int, source: int, epoch: int, row: int, room: np.ndarray | None = None) -> Picture:
         element = elements[number]
         if not isinstance(element, ImageElement):
             raise BadSample(f"element {number} is not the image that was indexed")
         augmented = self.images.crop or self.images.jitter
         rng = np.random.default_rng([self.seed, source, epoch, row, number]) if augmented else None
-        return load(element.data, self.images, rng)
+        return load(element.data, self.images, rng, room)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from data_pipeline.errors import TryAgainError, UserError
 from data_pipeline.read.paths import ShardPath
@@ -24,7 +25,7 @@ from data_pipeline.shards.tar import Damage, RawSample, walk_file
 from data_pipeline.text.templates import encode
 from data_pipeline.text.tokenizer import Tokenizer
 
-VERSION = 3
+VERSION = 4
 SUFFIX = ".index.parquet"
 OK = "ok"
 DUPLICATE = "duplicate key"
@@ -165,8 +166,11 @@ def read_index(sidecar: Path) -> ShardIndex:
 
 
 def sample_digest(data: bytes) -> bytes:
-    """Digest of a sample's bytes, headers and padding included: 16 bytes, of which the plan's columns keep the first 8."""
-    return hashlib.blake2b(data, digest_size=16).digest()
+    """Digest of a sample's bytes, headers and padding included: 16 bytes, of which the plan's columns keep the first 8.
+
+    It tells rot and replaced shards, not forgers, at 40 times the speed of a cryptographic one: readers take it of every sample.
+    """
+    return xxhash.xxh3_128_digest(data)
 
 
 def _facts(shard: ShardPath, kind: Kind, tokenizer: Tokenizer) -> dict[str, Any]:
