@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 
-.PHONY: install demo test test-ranks test-others check soak bench bench-peers gpu-check small-weights small-data clean
+.PHONY: install demo test test-train test-others check soak bench bench-peers gpu-check small-weights small-data clean
 install: $(READY)
 
 $(READY): setup.py
@@ -17,16 +17,15 @@ $(READY): setup.py
 demo: $(READY)
 	$(BIN)/python examples/demo/demo.py
 
-# Side by side: the tests of the folders that start ranks, and the others, which need one core.
-RANKS := tests/train tests/slurm
+# Side by side: the tests that train, and the others, which wait for Slurm or need one core.
 test: $(READY)
-	@$(MAKE) --no-print-directory --jobs 2 test-ranks test-others
+	@$(MAKE) --no-print-directory --jobs 2 test-train test-others
 
-test-ranks: $(READY)
-	@$(BIN)/python -m pytest $(RANKS)
+test-train: $(READY)
+	@$(BIN)/python -m pytest tests/train
 
 test-others: $(READY)
-	@$(BIN)/python -m pytest $(foreach folder,$(RANKS),--ignore=$(folder))
+	@$(BIN)/python -m pytest --ignore tests/train
 
 check: $(READY)
 	$(BIN)/ruff format --check .
