@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, UnidentifiedImageError
 from torch.nn.functional import interpolate
 
 from data_pipeline.config import ImageConfig, ImageDecoder, ImageRule
@@ -164,6 +164,8 @@ def decode(data: bytes) -> Image.Image:
             return upright.convert("RGB")
     except MemoryError:
         raise
+    except UnidentifiedImageError:  # its own words name a buffer's address, another one each time
+        raise BadSample("image does not decode: of no format that is read") from None
     except Exception as error:  # noqa: BLE001  Pillow's plugins raise whatever hostile bytes lead them to (struct.error, KeyError, ...)
         raise BadSample(f"image does not decode: {error}") from None
 
