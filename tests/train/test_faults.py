@@ -3,8 +3,11 @@
 import io
 import json
 import shutil
+import subprocess
 import time
+from contextlib import suppress
 
+import psutil
 import pytest
 import webdataset
 from PIL import Image
@@ -141,3 +144,37 @@ def test_a_server_that_goes_away_ends_the_life_with_try_again_and_the_same_comma
         assert done.returncode == EXIT_DONE, done.stderr
     assert sorted(run.losses()) == list(range(1, 7))
     assert read_ledger(run.run.path) == [], "no sample is dropped for a network"
+
+
+def kill_the_worker_that_holds(mib: int, process: subprocess.Popen[str]) -> None:
+    """What the kernel does where memory runs out: SIGKILL to the data worker that takes this much."""
+    while process.poll() is None:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if child.parent().pid != process.pid and child.memory_full_info().uss > mib * 2**20:
+                    child.kill()
+                    return
+        time.sleep(0.01)
+    raise AssertionError(process.communicate())
+
+
+@pytest.mark.soak  # the short form, with real workers but no ranks, is tests/data/test_killers.py
+def test_a_picture_that_costs_its_worker_the_life_is_left_out_by_the_same_command(stage, tmp_path, demo, xc_data):
+    folder, huge = tmp_path / "huge", io.BytesIO()
+    folder.mkdir()
+    Image.new("RGBA", (8000, 8000)).save(huge, "PNG", compress_level=1)  # 256 MB, held twice and more
+    with webdataset.TarWriter(str(folder / "a.tar")) as tar:
+        for i in range(40):
+            tar.write({"__key__": f"good-{i}", "webp": webp(i), "txt": f"food fruit: red apple {i}".encode()})
+        tar.write({"__key__": "huge", "png": huge.getvalue(), "txt": b"a picture that takes all memory"})
+    assert xc_data("index", folder, "--tokenizer", demo.tokenizer) == 0
+    assert xc_data("merge", folder) == 0
+    made = stage(data={"sources": {"huge": {"path": str(folder)}}, "unit": "epochs", "workers": 1}, train={"steps": None})
+    first = made.start(procs=1)
+    kill_the_worker_that_holds(450, first)
+    said = first.communicate(timeout=120)[1]
+    assert first.returncode == EXIT_TRY_AGAIN
+    assert "huge in a.tar of source huge killed the worker that read it (SIGKILL); the same command goes on without it" in said
+    second = made.train(procs=1)
+    assert second.returncode == EXIT_DONE, second.stderr
+    assert [(e["key"], e["reason"]) for e in read_ledger(made.run.path)] == [("huge", "killed the worker that read it (SIGKILL)")]
