@@ -26,6 +26,8 @@ def build(job: dict[str, Any]) -> XComposer2:
     """Eight query heads on four key heads; PLoRA's B as training would leave it; the base frozen, as in pretraining, if the job says so."""
     config = tiny_config()
     config.decoder.heads, config.decoder.kv_heads = 8, 4
+    if job.get("wide"):
+        config.decoder.hidden, config.decoder.ffn, config.decoder.layers = 96, 256, 4
     config.projector.marks = job.get("marks", False)
     config.plora.mode = LowRankMode(job.get("mode", "plora"))
     model = XComposer2(config, IMAGE_SIZE, IMAGE_TOKENS)
