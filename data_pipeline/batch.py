@@ -61,6 +61,8 @@ class PackedBatch:
     """Images that are not the dummy."""
     image_lengths: tuple[int, ...]
     """Tokens of each image, the dummy's too, as Python ints."""
+    shared_by: int = 1
+    """Ranks that hold a part of these tokens each; above 1 this is one of the parts (data_pipeline/part.py)."""
 
     @property
     def max_seqlen(self) -> int:

@@ -191,11 +191,12 @@ def require_gpus(settings: SlurmConfig) -> None:
 
 def wasteful(config: Config, settings: SlurmConfig) -> list[str]:
     """What works but leaves ranks idle."""
-    share = settings.world * config.data.micro_packs
+    ranks = configure.data_parallel(config, settings.world)
+    share = ranks * config.data.micro_packs
     if config.data.global_batch % share:
         rest = config.data.global_batch % share
         return [
-            f"data.global_batch: {config.data.global_batch} packs do not divide by {settings.world} ranks x {config.data.micro_packs}: "
+            f"data.global_batch: {config.data.global_batch} packs do not divide by {ranks} ranks x {config.data.micro_packs}: "
             f"{share - rest} of {share} packs of the last micro-step are empty"
         ]
     return []

@@ -112,6 +112,8 @@ def _run(args: argparse.Namespace) -> int:
     from train.launch import run_stage
 
     procs = args.procs or _default_procs()
+    for config in configs:
+        configure.data_parallel(config, procs)
     prepare_deepspeed()
     for config in configs:
         run = RunDir(config.run.dir)

@@ -237,6 +237,15 @@ class TrainConfig:
     """torch.compile of each block of ViT and decoder: for GPUs, whose shapes repeat; not under ZeRO-3."""
 
 
+@dataclass
+class ParallelConfig:
+    """How ranks share the work beside data parallelism."""
+
+    sequence: int = 1
+    """Ranks that share the tokens of the same packs and exchange heads around attention (Ulysses): for packs whose activations do not fit
+    one GPU. A divisor of `model.decoder.kv_heads` and of the world size, at best the GPUs of a node; 1 = off. May change between lives."""
+
+
 class OffloadTo(Enum):
     """Where something lies that does not fit a GPU."""
 
@@ -370,6 +379,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)

@@ -1,5 +1,6 @@
 """The config of a stage, read and checked: what no type can express is refused here, before any process is started."""
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +52,21 @@ def read_resolved(run_dir: Path) -> Config:
     if not file.exists():
         raise UserError(f"{run_dir} is no run directory: no config.yaml in it (give the directory of run.dir)")
     return load(file)
+
+
+def data_parallel(config: Config, world: int) -> int:
+    """How many packs `world` ranks run at once: each sequence group is one of them.
+
+    Raises:
+        UserError: the ranks do not make whole groups.
+    """
+    groups, rest = divmod(world, config.parallel.sequence)
+    if rest:
+        raise UserError(
+            f"parallel.sequence: {world} rank{'s' if world > 1 else ''} cannot be shared out into groups of {config.parallel.sequence} "
+            "(use a multiple of it, or another parallel.sequence)"
+        )
+    return groups
 
 
 def shaping_difference(ours: Config, theirs: Config) -> str | None:
@@ -110,6 +126,12 @@ def _check(config: Config, where: str) -> None:
     decoder = config.model.decoder
     if decoder.hidden % decoder.heads or decoder.heads % decoder.kv_heads:
         raise UserError(f"{where}: model.decoder: heads must divide hidden, and kv_heads must divide heads (change one of them)")
+    shared = config.parallel.sequence
+    if shared < 1 or decoder.kv_heads % shared:
+        raise UserError(
+            f"{where}: parallel.sequence: {shared} ranks cannot share {decoder.kv_heads} key heads "
+            f"(use a divisor of model.decoder.kv_heads, such as {math.gcd(max(shared, 1), decoder.kv_heads)})"
+        )
     if (config.train.steps is None) == (config.data.unit is not MixUnit.epochs):
         raise UserError(f"{where}: the length must be given once: train.steps, or data.unit: epochs (set one of them)")
     if config.deepspeed.stage not in (0, 1, 2, 3):

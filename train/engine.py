@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from data_pipeline.batch import PackedBatch
 from data_pipeline.errors import UserError
 from train.config import Config, DeepSpeedConfig, OffloadTo
+from train.configure import data_parallel
 from train.memory import REDUCE_BUCKET
 from train.model.xcomposer2 import Losses
 from train.objective import scaled_loss
@@ -112,7 +113,7 @@ class Engine:
         `universal`: the checkpoint that will be loaded is a converted one (train/reshape.py).
         """
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        micro_steps = -(-config.data.global_batch // (ranks.world * config.data.micro_packs))
+        micro_steps = -(-config.data.global_batch // (data_parallel(config, ranks.world) * config.data.micro_packs))
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         settings = engine_json(config, ranks.world, micro_steps, dtype, trainable)
         if universal:

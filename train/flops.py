@@ -29,11 +29,13 @@ class Shape:
     images: int
     image_tokens: int
     targets: int
+    shared_by: int = 1
+    """Ranks of a sequence group: tokens and heads are shared out evenly; images, image tokens and targets are those of one part."""
 
     @staticmethod
     def of(batch: PackedBatch) -> "Shape":
         """What runs: padding, rounded-up targets and a dummy image included."""
-        return Shape(batch.segment_lengths, len(batch.images), len(batch.image_index), len(batch.targets))
+        return Shape(batch.segment_lengths, len(batch.images), len(batch.image_index), len(batch.targets), batch.shared_by)
 
     @staticmethod
     def useful(batch: PackedBatch) -> "Shape":
@@ -42,11 +44,15 @@ class Shape:
         tiles = len(batch.images) if batch.image_count else 0
         return Shape(batch.segment_lengths[:-1], tiles, image_tokens, batch.supervised)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of one rank."""
+        return sum(self.lengths) // self.shared_by
+
     def counts(self) -> dict[str, int]:
         """How often each unit of `Product` occurs."""
-        pairs = sum(n * (n + 1) // 2 for n in self.lengths)  # causal, inside segments
-        tokens = sum(self.lengths)
-        return {"token": tokens, "pair": pairs, "image": self.images, "image_token": self.image_tokens, "target": self.targets}
+        pairs = sum(n * (n + 1) // 2 for n in self.lengths) // self.shared_by  # causal, inside segments
+        return {"token": self.tokens, "pair": pairs, "image": self.images, "image_token": self.image_tokens, "target": self.targets}
 
 
 class Flops(NamedTuple):

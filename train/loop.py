@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 
 from data_pipeline.config import Change
-from data_pipeline.errors import EXIT_DONE, EXIT_NEEDS_PERSON, EXIT_TRY_AGAIN
+from data_pipeline.errors import EXIT_DONE, EXIT_NEEDS_PERSON, EXIT_TRY_AGAIN, TryAgainError
 from data_pipeline.loader import Data, Loader, StepData, open_data
+from data_pipeline.part import fingerprint, part_of
 from data_pipeline.plan.origin import Cursor, Origin
 from data_pipeline.read import budget
 from data_pipeline.read.killers import Killers, read_killers
@@ -29,7 +30,7 @@ from train.guard import Guard
 from train.model.xcomposer2 import XComposer2
 from train.objective import losses_by_source
 from train.profiling import Profiling
-from train.ranks import Ranks
+from train.ranks import Ranks, SequenceGroup
 from train.run_dir import RunDir
 from train.signals import SaveRequest, StopRequest
 from train.tracking.figures import Figures
@@ -83,9 +84,11 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
     torch.manual_seed(config.run.seed * 1_000_003 + ranks.rank)
     torch.use_deterministic_algorithms(config.run.deterministic)
 
+    group = SequenceGroup.join(ranks.rank, configure.data_parallel(config, ranks.world), config.parallel.sequence)
     folder = checkpoint.find(run, ranks)
     data, saved, change = _open_data(config, checkpoint.read_state(folder) if folder else None)
     model = build_model(config, device)
+    model.share_tokens(group.group)
     trained, frozen = optim.resolve(model, config.train)
     cost = StepCost.of(model, config.train.checkpointing)
     reshaped = saved is not None and saved.world != ranks.world
@@ -99,6 +102,7 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
         life = run.begin_life(
             resumed_from=state.step if resumed else None,
             world=ranks.world,
+            sequence=group.size,
             device=device.torch_device.type,
             plan=data.plan.digest,
             origin=asdict(data.plan.origin),
@@ -111,8 +115,8 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
         data,
         config.run.seed,
         cost_model(config),
-        ranks.rank,
-        ranks.world,
+        group.number,
+        group.groups,
         state.next_cursor,
         state.step,
         pin=device.torch_device.type == "cuda",
@@ -137,8 +141,14 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
             ending = Ending(EXIT_NEEDS_PERSON, f"{config.run.name}: stopped after step {state.step}: {over} ({cure})", state.step)
             break
         got = time.monotonic()
-        own = Counts.of(step, stop, save)
-        agreed = ranks.agree([*own, *budget.charges(step, list(budgets))])
+        counted = step if group.rank == 0 else replace(step, micro_batches=[])  # the packs of a sequence group count once
+        own = Counts.of(counted, stop, save)
+        doubt = group.doubt(fingerprint(m.batch for m in step.micro_batches))
+        doubt, *agreed = ranks.agree([doubt, *own, *budget.charges(counted, list(budgets))])
+        if doubt:  # one rank could not read what another could: their parts would not fit together
+            raise TryAgainError(
+                f"{config.run.name}: ranks that share packs read step {state.step + 1} differently; the same command goes on"
+            )
         counts, charges = Counts(*agreed[: len(Counts._fields)]), agreed[len(Counts._fields) :]
         if counts.stop:
             why = stop.reason() or "another rank was asked"
@@ -148,13 +158,14 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
             break
 
         began = state.cursor
+        parts = [part_of(m.batch, group.rank, group.size, config.data.images.tokens) for m in step.micro_batches]
         watchdog.beat(state.step, "forward")
         profiling.before(state.step + 1)
         stopwatch.lap("data")
         by_source, loss_sums = [], []
-        for micro_batch in step.micro_batches:
-            last = micro_batch is step.micro_batches[-1]
-            batch = micro_batch.batch.to(device.torch_device)
+        for part in parts:
+            last = part is parts[-1]
+            batch = part.to(device.torch_device)
             losses = engine.forward(batch)
             loss_sums.append(losses.loss_sum.detach())
             stopwatch.lap("forward")
@@ -169,7 +180,7 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
 
         grad_norm = engine.grad_norm()
         guard.after(step, began, bool(skipped), grad_norm, data.sources)
-        ledger.write(step.step, step.bad)
+        ledger.write(step.step, counted.bad)
         totals = Counter(budget.charged(state.totals, budgets, charges))
         seconds = time.monotonic() - asked
         totals.update({**counts._asdict(), "skipped": skipped, "step_ms": 0 if skipped else round(seconds * 1000)})
@@ -179,11 +190,10 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
         if validation.due(state.step):
             watchdog.beat(state.step, "checkpoint")
             host |= validation.measure()
-        flops = [(cost.total(Shape.useful(m.batch)).model, cost.total(Shape.of(m.batch)).hardware) for m in step.micro_batches]
-        model_flops, hardware_flops = (sum(each) for each in zip(*flops, strict=True))
-        reporter.add(
-            state.step, by_source, host, Own(stopwatch.laps(), own.image_tokens, device.most_memory(), model_flops, hardware_flops)
-        )
+        model_flops = sum(cost.total(Shape.useful(m.batch)).model for m in step.micro_batches) // group.size
+        hardware_flops = sum(cost.total(Shape.of(part)).hardware for part in parts)
+        image_tokens = sum(len(part.image_index) for part in parts if part.image_count)
+        reporter.add(state.step, by_source, host, Own(stopwatch.laps(), image_tokens, device.most_memory(), model_flops, hardware_flops))
         saves = counts.save > 0 or state.step % config.checkpoint.every == 0
         if saves or state.step % config.track.every == 0:
             reporter.flush()

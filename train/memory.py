@@ -4,12 +4,14 @@ Invariant: everything is computed from shapes and `requires_grad`, so that a mod
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from data_pipeline.batch import PackedBatch
+from data_pipeline.part import part_of
 from train.config import Checkpointing, Config, LowRankMode
 from train.flops import Shape
 from train.model.decoder import CHUNK_LOGITS, Layer
@@ -94,24 +96,24 @@ def activations(model: XComposer2, shape: Shape, checkpointing: Checkpointing, d
     linear_in, linear_out = model.projector.linear_in.weight, model.projector.linear_out.weight
     if vision_flows or _trained([model.projector]):
         kept += shape.image_tokens * (linear_in.shape[1] + linear_in.shape[0] + linear_out.shape[1])
-    kept += sum(shape.lengths) * hidden * 2 + shape.targets * hidden
+    kept += shape.tokens * hidden * 2 + shape.targets * hidden
     vocab = model.head.weight.shape[0]
     rows = min(shape.targets, max(1, CHUNK_LOGITS // vocab))
     # In the backward pass of a chunk: logits and their gradient in fp32, and the gradient in the model's format.
     return size * (kept + largest) + rows * vocab * (2 * FP32 + size)
 
 
-def of_run(model: XComposer2, config: Config, world: int, dtype: torch.dtype, shape: Shape) -> Memory:
-    """Everything that a rank needs for a micro-batch of this shape."""
-    held = states(model, config, world, dtype)
-    return Memory(
-        held.weights, held.gradients, held.optimizer, held.buffers, activations(model, shape, config.train.checkpointing, dtype), held.host
-    )
+def of_run(model: XComposer2, config: Config, world: int, dtype: torch.dtype, batch: PackedBatch) -> Memory:
+    """Everything that a rank needs for this micro-batch, or for the heaviest part of it (`parallel.sequence`)."""
+    shared = config.parallel.sequence
+    shapes = [Shape.of(part_of(batch, rank, shared, config.data.images.tokens)) for rank in range(shared)]
+    most = max(activations(model, shape, config.train.checkpointing, dtype) for shape in shapes)
+    return replace(states(model, config, world, dtype), activations=most)
 
 
 def _decoder_layer(layer: Layer, shape: Shape, mode: str) -> int:
     """Numbers that a layer keeps."""
-    T, attention, ffn = sum(shape.lengths), layer.attention, layer.feed_forward
+    T, attention, ffn = shape.tokens, layer.attention, layer.feed_forward
     D, F, width = layer.ffn_norm.weight.shape[0], ffn.w1.weight.shape[0], attention.wo.weight.shape[1]
     if mode == "full":
         return T * D
@@ -125,7 +127,8 @@ def _decoder_layer(layer: Layer, shape: Shape, mode: str) -> int:
     qkv = attention.wqkv.weight.shape[0]
     trained = linears[0].weight.requires_grad
     norms = 2 * T * D * (1 + layer.ffn_norm.weight.requires_grad + trained)
-    return norms + T * (qkv + width + 3 * F + (F if trained else 0)) + low_rank
+    exchanged = width if shape.shared_by > 1 and trained else 0  # what wo reads is then another tensor than what attention made
+    return norms + T * (qkv + width + exchanged + 3 * F + (F if trained else 0)) + low_rank
 
 
 def _vision_block(model: XComposer2, block: nn.Module, shape: Shape, mode: str) -> int:

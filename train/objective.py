@@ -20,6 +20,10 @@ by dp, so each micro-batch hands over loss_sum * dp / n_global:
     rank 1       2.0 * 2 / 8 = 0.5      8.0 * 2 / 8 = 2.0      sum 2.5      average over the ranks 2.5, as it should be
 
 (that both ranks reach 2.5 is a coincidence of the numbers: each contributes 10 of the 20.)
+
+Ranks of a sequence group (`parallel.sequence`) hold parts of one pack: each sums the losses of its part's targets, n_global counts every
+target once, and the same average over all ranks, dp = world size, adds the parts up. What one part's loss owes to the keys and values of
+another comes to that other rank in the backward pass, through the exchange of heads.
 """
 
 from torch import Tensor
@@ -30,7 +34,7 @@ from data_pipeline.batch import IGNORE, PackedBatch
 def scaled_loss(loss_sum: Tensor, dp: int, n_global: int) -> Tensor:
     """What `engine.backward(..., scale_wrt_gas=False)` takes.
 
-    `loss_sum` is one micro-batch's sum of token losses, `dp` the data-parallel world size, `n_global` the supervised tokens over
+    `loss_sum` is one micro-batch's sum of token losses, `dp` the ranks that the engine averages over, `n_global` the supervised tokens over
     all ranks and micro-steps; a global batch without any (all packs empty) counts as one token and has loss 0.
     """
     return loss_sum * (dp / max(n_global, 1))

@@ -76,10 +76,10 @@ def look(config: Config, machine: Machine) -> Outlook:
     except UserError as error:
         data, why = None, str(error)
     with_images = data is None or any(source.kind is not Kind.text for source in data.sources)
-    heaviest = Shape.of(heaviest_batch(config.data, with_images))
+    heaviest = heaviest_batch(config.data, with_images)
     if data is None:
         packs = float(config.data.global_batch)
-        step = {part: _times(f, packs / config.data.micro_packs) for part, f in cost.by_part(heaviest).items()}
+        step = {part: _times(f, packs / config.data.micro_packs) for part, f in cost.by_part(Shape.of(heaviest)).items()}
         assumed = f"every pack full, one segment each: the data cannot be read ({why})"
     else:
         step, packs = _planned_step(config, data, cost)
@@ -100,7 +100,9 @@ def look(config: Config, machine: Machine) -> Outlook:
 def page(config: Config, machine: Machine) -> str:
     """What `xc-train plan` prints."""
     found = look(config, machine)
-    micro_steps = -(-config.data.global_batch // (machine.gpus * config.data.micro_packs))
+    groups = configure.data_parallel(config, machine.gpus)
+    micro_steps = -(-config.data.global_batch // (groups * config.data.micro_packs))
+    shared = f", each pack on {config.parallel.sequence}" if config.parallel.sequence > 1 else ""
     hardware = sum(f.hardware for f in found.step.values())
     parts = ", ".join(f"{part} {f.model / found.step_model_flops:.0%}" for part, f in found.step.items())
     held = ", ".join(f"{f.name} {getattr(found.memory, f.name) / GIB:.2f}" for f in fields(found.memory) if getattr(found.memory, f.name))
@@ -111,7 +113,7 @@ def page(config: Config, machine: Machine) -> str:
         found.groups,
         "",
         f"parameters   {found.trained + found.frozen:,}: {found.trained:,} trained, {found.frozen:,} frozen",
-        f"steps        {steps}, each {found.packs:.0f} packs in {micro_steps} micro-steps on {machine.gpus} GPUs",
+        f"steps        {steps}, each {found.packs:.0f} packs in {micro_steps} micro-steps on {machine.gpus} GPUs{shared}",
         f"a step       {found.step_model_flops:.3g} model FLOPs, {hardware:.3g} with recomputation ({parts})",
         f"             {found.assumed}",
         f"memory       {total:.2f} GiB of {machine.memory_gib:g} a GPU, ZeRO-{config.deepspeed.stage}, "

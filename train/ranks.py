@@ -18,6 +18,32 @@ TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
+class SequenceGroup:
+    """The ranks that hold the same packs, a part of the tokens each (`parallel.sequence`); a rank of its own where there are no parts."""
+
+    number: int
+    """Of this group among the groups: to the data, the rank."""
+    groups: int
+    """How many groups there are: to the data, the world size."""
+    rank: int
+    """Of this process in the group."""
+    size: int
+    group: dist.ProcessGroup | None
+    """For the exchange of heads; none in a group of one."""
+
+    @staticmethod
+    def join(rank: int, groups: int, size: int) -> "SequenceGroup":
+        """The group of rank `rank` of `groups` x `size`, neighbours together; all ranks call it."""
+        found = [dist.new_group(range(n * size, (n + 1) * size), timeout=TIMEOUT) for n in range(groups)] if size > 1 else None
+        number, place = divmod(rank, size)
+        return SequenceGroup(number, groups, place, size, found[number] if found else None)
+
+    def doubt(self, value: int) -> int:
+        """An integer whose sum over all ranks is 0 where the ranks of each group have the same value, below 2 ** 32; else hardly ever."""
+        return value * (self.size - 1 if self.rank == 0 else -1)
+
+
+@dataclass(frozen=True)
 class Ranks:
     """One process among the others."""
 

@@ -69,15 +69,17 @@ class RunDir:
         """How the last life ended, if it said so."""
         return read_json(self.outcome)
 
-    def begin_life(self, resumed_from: int | None, world: int, device: str, plan: str, origin: dict[str, Any], cost: dict[str, int]) -> int:
+    def begin_life(
+        self, resumed_from: int | None, world: int, sequence: int, device: str, plan: str, origin: dict[str, Any], cost: dict[str, int]
+    ) -> int:
         """Notes that a process group starts; returns the number of this life, from 1.
 
-        `plan` (digest), `origin` (where it took over) and `cost` (coefficients of balance) say which packs each rank gets:
-        `xc-data replay` reads them.
+        `sequence` (ranks that share packs), `plan` (digest), `origin` (where it took over) and `cost` (coefficients of balance) say which
+        packs each rank gets: `xc-data replay` reads them.
         """
         life = self.life() + 1
         start = {"life": life, "event": "start", "time": time.time(), "resumed_from": resumed_from, "world": world, "device": device}
-        jsonl.append(self.lives, [{**start, "plan": plan, "origin": origin, "cost": cost}])
+        jsonl.append(self.lives, [{**start, "sequence": sequence, "plan": plan, "origin": origin, "cost": cost}])
         return life
 
     def end_life(self, code: int, reason: str, step: int) -> None:

@@ -5,7 +5,8 @@ no cursor of another plan is taken.
 
     config.yaml                  the resolved config
     metrics.jsonl                `data/window`, `data/pack`: the cursor at which the line's step began
-    lives.jsonl                  a start line has `world`, `plan` (digest), `origin` (where it took over) and `cost` (balance)
+    lives.jsonl                  a start line has `world`, `sequence` (ranks that share packs; 1 where it is not noted), `plan` (digest),
+                                 `origin` (where it took over) and `cost` (balance)
     checkpoints/*/state.json     `step` steps are done, the next begins at `cursor`
 """
 
@@ -32,6 +33,7 @@ class StepRecord:
     """Where `known_step` begins."""
     life: int
     world: int
+    """Ranks that had packs of their own: sequence groups, where ranks shared packs."""
     plan: str
     """Digest of the plan of that life."""
     origin: Origin
@@ -62,7 +64,7 @@ def find_step(run: Path, step: int) -> StepRecord:
     known |= {state["step"] + 1: Cursor(*state["cursor"]) for state in states if state["plan_digest"] == life["plan"]}
     known |= {line["step"]: Cursor(line["data/window"], line["data/pack"]) for line in lines if line["life"] in same_plan}
     nearest = max(s for s in known if s <= step)
-    world, plan, cost = life["world"], life["plan"], CostModel(**life["cost"])
+    world, plan, cost = life["world"] // life.get("sequence", 1), life["plan"], CostModel(**life["cost"])
     return StepRecord(step, nearest, known[nearest], life["life"], world, plan, origin, cost, metrics)
 
 

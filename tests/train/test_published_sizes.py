@@ -22,6 +22,7 @@ PROJECTOR_1_8B = 1024 * 2048 + 2048 + 2048 * 2048 + 2048
     [
         ("pretrain_7b", (BASE_7B, PLORA_7B, VIT_490, PROJECTOR_7B), PLORA_7B + VIT_490 + PROJECTOR_7B),
         ("sft_7b", (BASE_7B, PLORA_7B, VIT_490, PROJECTOR_7B), None),
+        ("long_7b", (BASE_7B, PLORA_7B, VIT_490, PROJECTOR_7B), None),
         ("compose_7b", (BASE_7B, PLORA_7B, VIT_224, PROJECTOR_7B), None),
         ("pretrain_1_8b", (BASE_1_8B, PLORA_1_8B, VIT_490, PROJECTOR_1_8B), PLORA_1_8B + VIT_490 + PROJECTOR_1_8B),
     ],
@@ -53,7 +54,7 @@ def test_a_language_model_is_trained_at_a_fifth_of_the_rate_in_sft():
     assert scale["vision.vit.blocks.23.mlp.fc1.weight"] == pytest.approx(0.9)
 
 
-@pytest.mark.parametrize("name", ["pretrain_7b", "sft_7b", "compose_7b", "pretrain_1_8b"])
+@pytest.mark.parametrize("name", ["pretrain_7b", "sft_7b", "long_7b", "compose_7b", "pretrain_1_8b"])
 def test_a_folder_that_is_yours_to_fill_is_named(name, tmp_path, capfd):
     config = str(CONFIGS / f"{name}.yaml")
     for override, says in (((), "weights/internlm2-chat-"), ((f"data.tokenizer={CONFIGS.parent}/examples/demo/tokenizer",), "data/")):

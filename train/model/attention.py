@@ -10,6 +10,7 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -48,14 +49,18 @@ class Segments:
     """sdpa only: [T], the padded row of every packed position."""
     cache: Callable[[Tensor, Tensor, Tensor, "Segments"], Tensor] | None = None
     """Decoding only: called by every layer in turn with its queries, keys and values instead of attention inside the pack alone."""
+    group: dist.ProcessGroup | None = None
+    """The ranks that hold a part of the pack each; heads are exchanged with them (train/model/exchange.py)."""
 
     @staticmethod
-    def build(lengths: tuple[int, ...], cu_seqlens: Tensor, dtype: torch.dtype, backend: str = "auto") -> "Segments":
+    def build(
+        lengths: tuple[int, ...], cu_seqlens: Tensor, dtype: torch.dtype, backend: str = "auto", group: dist.ProcessGroup | None = None
+    ) -> "Segments":
         """Segments of the given lengths on the device of `cu_seqlens`, for activations of `dtype`."""
         device = cu_seqlens.device
         backend = choose_backend(device, dtype) if backend == "auto" else backend
         if backend != "sdpa":
-            return Segments(backend, cu_seqlens, max(lengths), lengths)
+            return Segments(backend, cu_seqlens, max(lengths), lengths, group=group)
         starts_by_length: dict[int, list[tuple[int, int]]] = {}
         start = 0
         for length in lengths:
@@ -78,6 +83,7 @@ class Segments:
             tuple(groups),
             torch.tensor(padded_index, device=device),
             torch.tensor(packed_index, device=device),
+            group=group,
         )
 
 

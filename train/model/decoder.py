@@ -16,6 +16,7 @@ from data_pipeline.batch import IGNORE
 from data_pipeline.errors import UserError
 from train.config import DecoderConfig, LowRankMode, PLoRAConfig, RopeKind
 from train.model.attention import Segments, varlen_attention
+from train.model.exchange import to_heads, to_tokens
 from train.model.plora import PLoRALinear
 
 CHUNK_LOGITS = 1 << 26
@@ -36,7 +37,7 @@ class RMSNorm(nn.Module):
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of every position's angles, [T, 1, 1, H/2]; computed once a forward pass."""
+    """Cosine and sine of every position's angles, [T, 1, 1, H/2]; computed once a forward pass, for the whole pack."""
 
     cos: Tensor
     sin: Tensor
@@ -88,14 +89,14 @@ class Attention(nn.Module):
         self.wo = PLoRALinear.of(plora, "wo", width, config.hidden)
 
     def forward(self, x_TD: Tensor, rotation: Rotation, segments: Segments, image_index_V: Tensor) -> Tensor:
-        """[T, D]."""
-        T, g = x_TD.shape[0], self.queries_per_key
-        qkv = self.wqkv(x_TD, image_index_V).view(T, self.kv_heads, g + 2, self.head_size)
+        """[T, D]. In a sequence group T is a part; between the exchanges it is the whole, and N and K are a share of the heads."""
+        g = self.queries_per_key
+        qkv = self.wqkv(x_TD, image_index_V).unflatten(1, (self.kv_heads, (g + 2) * self.head_size))
+        qkv = to_heads(qkv, segments.group).unflatten(2, (g + 2, self.head_size))
         qk, v = qkv.split((g + 1, 1), dim=2)
         q, k = rotation.apply(qk).split((g, 1), dim=2)
-        q_TNH = q.reshape(T, self.kv_heads * g, self.head_size)
-        out_TNH = varlen_attention(q_TNH, k.squeeze(2), v.squeeze(2), segments)
-        return self.wo(out_TNH.flatten(1), image_index_V)
+        out_TNH = varlen_attention(q.flatten(1, 2), k.squeeze(2), v.squeeze(2), segments)
+        return self.wo(to_tokens(out_TNH, segments.group).flatten(1), image_index_V)
 
 
 class FeedForward(nn.Module):
@@ -150,7 +151,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden, config.rms_eps)
 
     def forward(self, x_TD: Tensor, position_ids_T: Tensor, segments: Segments, image_index_V: Tensor) -> Tensor:
-        """[T, D]; `x_TD` are embeddings with the image tokens in place."""
+        """[T, D]; `x_TD` are embeddings with the image tokens in place; of a part, in a sequence group, with the positions of the whole."""
         rotation = Rotation.of(position_ids_T, segments.lengths, self.config, x_TD.dtype)
         for layer in self.layers:
             x_TD = layer(x_TD, rotation, segments, image_index_V)

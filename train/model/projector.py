@@ -38,7 +38,7 @@ class Projector(nn.Module):
         return self.merged_grid**2
 
     def forward(self, features_MPD: Tensor, image_rows_V: Tensor | None = None) -> Tensor:
-        """[V, width]: the image tokens. `image_rows_V` names their rows of [M * tokens, newline, separator]; without marks it is not read.
+        """[V, width]: the image tokens. `image_rows_V` names their rows of [M * tokens, newline, separator]; by default all, in order.
 
         Each row is projected once, however often it is placed.
         """
@@ -50,4 +50,4 @@ class Projector(nn.Module):
         if self.marks:
             merged = torch.cat([merged, self.newline, self.separator])
         projected = self.linear_out(F.gelu(self.linear_in(merged)))
-        return projected.index_select(0, image_rows_V) if self.marks else projected
+        return projected if image_rows_V is None else projected.index_select(0, image_rows_V)

@@ -9,6 +9,7 @@ from collections.abc import Container
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_pipeline.batch import PackedBatch
@@ -48,6 +49,7 @@ class XComposer2(nn.Module):
         self.projector = Projector(self.vision.grid, self.vision.width, config.decoder.hidden, projector.merge, projector.marks)
         self.decoder = Decoder(config.decoder, config.plora)
         self.head = Head(config.decoder)
+        self._group: dist.ProcessGroup | None = None
         if image_tokens not in (None, self.projector.tokens):
             raise UserError(
                 f"data.images.tokens is {image_tokens}, but an image of {image_size} pixels in patches of {config.vision.patch}, "
@@ -61,8 +63,12 @@ class XComposer2(nn.Module):
             for block in blocks if compiled else ():
                 block.compile()
 
+    def share_tokens(self, group: dist.ProcessGroup | None) -> None:
+        """The ranks with which parts of a batch (`shared_by` above 1) are run; whole batches need none."""
+        self._group = group
+
     def forward(self, batch: PackedBatch) -> Losses:
-        """The losses of one micro-batch."""
+        """The losses of one micro-batch, or of this rank's part of one: all ranks of the sequence group call it."""
         hidden_TD = self._hidden(batch)
         per_target_L = self.head(hidden_TD, batch.target_index, batch.targets)
         return Losses(per_target_L.sum(), per_target_L.detach())
@@ -74,12 +80,14 @@ class XComposer2(nn.Module):
     def embed(self, batch: PackedBatch) -> Tensor:
         """[T, D]: embeddings of the words, with the image tokens in place."""
         words_TD = self.decoder.tok_embeddings(batch.input_ids)
-        image_tokens_VD = self.projector(self.vision(batch.images), batch.image_rows)
+        chosen = self.projector.marks or batch.shared_by > 1  # else every row is placed, in order
+        image_tokens_VD = self.projector(self.vision(batch.images), batch.image_rows if chosen else None)
         return words_TD.index_copy(0, batch.image_index, image_tokens_VD)
 
     def _hidden(self, batch: PackedBatch) -> Tensor:
         x_TD = self.embed(batch)
-        segments = Segments.build(batch.segment_lengths, batch.cu_seqlens, x_TD.dtype)
+        group = self._group if batch.shared_by > 1 else None
+        segments = Segments.build(batch.segment_lengths, batch.cu_seqlens, x_TD.dtype, group=group)
         return self.decoder(x_TD, batch.position_ids, segments, batch.image_index)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
