@@ -215,6 +215,8 @@ class TrainConfig:
     """Peak learning rate (paper: 2e-4 for pretraining, 5e-5 for SFT)."""
     warmup: float = 0.01
     """Share of the run with linear warm-up (paper: 1 %)."""
+    warmup_steps: int = 0
+    """The same in steps: with `warmup: 0`, the rate rises to that of the schedule over the first so many."""
     schedule: Schedule = Schedule.cosine
     """cosine, constant or wsd; a function of the share of the run that is done, in steps or in data, whichever sets its length."""
     decay: float = 0.2

@@ -123,6 +123,8 @@ def _check(config: Config, where: str) -> None:
         )
     if config.data.global_batch < 1 or config.data.micro_packs < 1 or config.data.window < 1:
         raise UserError(f"{where}: data.global_batch, data.micro_packs and data.window must be at least 1 (raise them)")
+    if config.train.warmup_steps < 0 or (config.train.warmup and config.train.warmup_steps):
+        raise UserError(f"{where}: train.warmup and train.warmup_steps: give one, not negative (set the other to 0)")
     if config.train.schedule is Schedule.wsd and not 0 <= config.train.decay <= 1 - config.train.warmup:
         raise UserError(f"{where}: train.decay: {config.train.decay:g} does not fit between the warm-up and the end (lower it)")
     recorded = config.profile.steps

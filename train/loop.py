@@ -162,7 +162,7 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
             by_source.append(losses_by_source(losses.per_target_L, batch, len(data.sources)))
             stopwatch.lap("backward")
         progress = _progress(config, step)
-        lr = optim.learning_rate(config.train, (state.progress + progress) / 2)
+        lr = optim.learning_rate(config.train, (state.progress + progress) / 2, state.step + 0.5)
         skipped = engine.step(lr)
         stopwatch.lap("optimizer")
         profiling.after(state.step + 1)

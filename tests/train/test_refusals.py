@@ -41,6 +41,7 @@ def refused(capfd):
         ("data.images.policy=partition", "model.projector.marks"),
         ("data.unit=epochs", "train.steps"),
         ("train.groups=[]", "train.groups"),
+        ("train.warmup_steps=10", "train.warmup"),
         ("profile.steps=[3]", "profile.steps"),
         ("checkpoint.keep_last=0", "keep_last"),
         ("guard.window=1", "guard"),
