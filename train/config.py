@@ -355,7 +355,8 @@ class EvaluateConfig:
     """Steps between measurements of the held-out losses while the run trains (`validation/` in the metrics); 0 = none."""
     pictures: int = 256
     """Most pictures a split that these measurements use, spread evenly over `candidates.json`."""
-
+    captions: int = 0
+    """Pictures a split that the model captions at each measurement, for trackers and report; 0 = none."""
     splits: dict[str, str] = field(default_factory=dict)
     """Held-out pair sources by name; each is a folder with shards, index and `candidates.json`."""
     text: str | None = None

@@ -130,8 +130,8 @@ def _check(config: Config, where: str) -> None:
     recorded = config.profile.steps
     if recorded and (len(recorded) != 2 or not 1 <= recorded[0] <= recorded[1]):
         raise UserError(f"{where}: profile.steps: {recorded} is no first and last step (such as [10, 15])")
-    if config.evaluate.every < 0 or config.evaluate.pictures < 1:
-        raise UserError(f"{where}: evaluate: every must be 0 or more, pictures at least 1 (raise them)")
+    if config.evaluate.every < 0 or config.evaluate.captions < 0 or config.evaluate.pictures < 1:
+        raise UserError(f"{where}: evaluate: every and captions must be 0 or more, pictures at least 1 (raise them)")
     if config.checkpoint.every < 1 or config.checkpoint.keep_last < 1 or config.checkpoint.keep_every < 0:
         raise UserError(f"{where}: checkpoint: every and keep_last must be at least 1, keep_every 0 or more (raise them)")
     if config.guard.in_a_row < 0 or config.guard.sigma < 0 or config.guard.window < 2:

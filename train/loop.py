@@ -122,7 +122,8 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
     budgets = {name: source.errors for name, source in config.data.sources.items()}
     guard = Guard(config.guard, run.path, ranks.rank, device.torch_device, state.guard)
     writer = checkpoint.Writer(run, engine, ranks, config.checkpoint)
-    validation = Validation(config, data.tokenizer, engine, ranks, device)
+    validation = Validation(config, run, data.tokenizer, engine, ranks, device)
+    validation.begin(state.step)
     profiling = Profiling(config.profile, run.path, ranks.rank)
     saved_step = state.step if resumed else None
     ending = Ending(EXIT_DONE, "done", state.step)
@@ -179,6 +180,7 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
         if validation.due(state.step):
             watchdog.beat(state.step, "checkpoint")
             host |= validation.measure()
+            reporter.show(state.step, validation.captions())
         flops = [(cost.total(Shape.useful(m.batch)).model, cost.total(Shape.of(m.batch)).hardware) for m in step.micro_batches]
         model_flops, hardware_flops = (sum(each) for each in zip(*flops, strict=True))
         reporter.add(

@@ -6,9 +6,9 @@
     outcome.json     how the last life ended        logs/rank-N.log       what each rank said
     heartbeat.json   step, phase, time              tracking/             TensorBoard and wandb files
     evaluation.json  figures on held-out data       stop                  touch it to stop the run
-    skipped/         samples of skipped steps       save                  touch it to get a checkpoint now
+    skipped/         skipped steps, rollbacks       save                  touch it to get a checkpoint now
     profile/         traces of some steps           logs/stacks-rank-N.txt, hang.json   what hung (train/watchdog.py)
-    killers/         samples that killed a worker
+    killers/         samples that killed a worker       validation/           captions written on the way, their pictures
 
 Invariant: a file that others read is replaced in one step, never seen half-written.
 """
@@ -44,6 +44,7 @@ class RunDir:
         self.final = self.path / "final"
         self.logs = self.path / "logs"
         self.tracking = self.path / "tracking"
+        self.validation = self.path / "validation"
 
     def create(self) -> None:
         """Makes the directory.

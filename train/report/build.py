@@ -17,6 +17,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.inspect import charts
 from train.report.collect import Fate, Stage, Step, collect
 from train.report.held_out import gallery, rows, split_title, verdict
+from train.report.on_the_way import on_the_way
 from train.report.summary import ledger_counts, reason_of, split_names, summarise
 from train.run_dir import write_atomic
 
@@ -83,6 +84,7 @@ def render(title: str, stages: list[Stage], summary: dict[str, Any]) -> str:
         title=title,
         stages=stages,
         training=[_training(stage) for stage in stages],
+        on_the_way=[on_the_way(stage) for stage in stages],
         notes=STAGE_NOTES,
         fates=Fate,
         summary=summary,
