@@ -55,6 +55,7 @@ class RunDir:
         try:
             for folder in (self.path, self.checkpoints, self.logs):
                 folder.mkdir(parents=True, exist_ok=True)
+            self.lock.open("a").close()  # folders that are there tell nothing
         except OSError as error:
             raise UserError(f"run.dir: cannot write {self.path.resolve()}: {error.strerror} (choose another directory)") from None
 
