@@ -297,12 +297,21 @@ class CheckpointConfig:
     """Checkpoints whose step is a multiple of this stay for good; 0 = none."""
 
 
+class GuardThen(Enum):
+    """What follows too many skipped steps in a row."""
+
+    stop = "stop"  # a checkpoint, and exit 70: a person must look
+    rollback = "rollback"  # on with the weights of the last good checkpoint, behind the data since; once from each, then as `stop`
+
+
 @dataclass
 class GuardConfig:
     """Which steps move nothing. A loss or gradient that is not finite always skips its step, on all ranks alike."""
 
     in_a_row: int = 10
-    """Skipped steps in a row after which the run stops, with a checkpoint, for a person to look (exit 70); 0 = never."""
+    """Skipped steps in a row that are too many; 0 = never."""
+    then: GuardThen = GuardThen.stop
+    """What happens then: stop or rollback."""
     sigma: float = 0.0
     """A loss so many deviations above the mean of the window is a spike and skips its step; 0 = spikes are let through. 6 is usual."""
     window: int = 128

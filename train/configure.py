@@ -10,7 +10,7 @@ from omegaconf import MISSING, OmegaConf
 from data_pipeline import configure
 from data_pipeline.config import Change, ImageRule, MixUnit
 from data_pipeline.errors import UserError
-from train.config import Config, DeepSpeedConfig, OffloadTo, Schedule
+from train.config import Config, DeepSpeedConfig, GuardThen, OffloadTo, Schedule
 
 CADENCE = ("workers", "prefetch", "change", "read_stall", "read_deadline", "cache_dir", "cache_gib")
 """Keys of `data` that shape no result."""
@@ -136,6 +136,8 @@ def _check(config: Config, where: str) -> None:
         raise UserError(f"{where}: checkpoint: every and keep_last must be at least 1, keep_every 0 or more (raise them)")
     if config.guard.in_a_row < 0 or config.guard.sigma < 0 or config.guard.window < 2:
         raise UserError(f"{where}: guard: in_a_row and sigma must be 0 or more, window 2 or more (change them)")
+    if config.guard.then is GuardThen.rollback and not config.guard.in_a_row:
+        raise UserError(f"{where}: guard.then: rollback never happens while guard.in_a_row is 0 (set it to 1 or more)")
     if not config.train.groups:
         raise UserError(f"{where}: train.groups is empty: nothing would be trained (begin with - {{match: .*}})")
     for i, rule in enumerate(config.train.groups):

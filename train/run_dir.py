@@ -63,23 +63,35 @@ class RunDir:
         """Where a rank that hangs, or that got SIGUSR1, shows its stacks."""
         return self.logs / f"stacks-rank-{rank}.txt"
 
-    def write_outcome(self, code: int, reason: str, step: int) -> None:
-        """How this life ended; becomes the exit code of the command."""
-        write_json(self.outcome, {"code": code, "reason": reason, "step": step, "life": self.life(), "time": time.time()})
+    def write_outcome(self, code: int, reason: str, step: int, again: bool = False) -> None:
+        """How this life ended; becomes the exit code of the command, unless it is to live `again` at once."""
+        outcome = {"code": code, "reason": reason, "step": step, "again": again, "life": self.life(), "time": time.time()}
+        write_json(self.outcome, outcome)
 
     def read_outcome(self) -> dict[str, Any] | None:
         """How the last life ended, if it said so."""
         return read_json(self.outcome)
 
-    def begin_life(self, resumed_from: int | None, world: int, device: str, plan: str, origin: dict[str, Any], cost: dict[str, int]) -> int:
+    def begin_life(
+        self,
+        resumed_from: int | None,
+        world: int,
+        device: str,
+        plan: str,
+        origin: dict[str, Any],
+        cost: dict[str, int],
+        went_back_to: int | None = None,
+    ) -> int:
         """Notes that a process group starts; returns the number of this life, from 1.
 
+        `went_back_to`: the step whose weights it has, where that is not `resumed_from` (train/rollback.py).
         `plan` (digest), `origin` (where it took over) and `cost` (coefficients of balance) say which packs each rank gets:
         `xc-data replay` reads them.
         """
         life = self.life() + 1
         start = {"life": life, "event": "start", "time": time.time(), "resumed_from": resumed_from, "world": world, "device": device}
-        jsonl.append(self.lives, [{**start, "plan": plan, "origin": origin, "cost": cost}])
+        back = {} if went_back_to is None else {"went_back_to": went_back_to}
+        jsonl.append(self.lives, [{**start, **back, "plan": plan, "origin": origin, "cost": cost}])
         return life
 
     def end_life(self, code: int, reason: str, step: int) -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def refused(capfd):
         ("profile.steps=[3]", "profile.steps"),
         ("checkpoint.keep_last=0", "keep_last"),
         ("guard.window=1", "guard"),
+        ("guard={in_a_row: 0, then: rollback}", "guard.then"),
         ("deepspeed.offload.parameters=cpu", "deepspeed.offload.parameters"),
         ("deepspeed.offload.optimizer=nvme", "deepspeed.offload"),
         ("deepspeed.zero_pp.quantized_weights=true", "deepspeed.zero_pp"),

@@ -151,7 +151,9 @@ def _marks(stage: Stage, last: int) -> list[tuple[float, str, str]]:
         step = life.resumed_from or 0
         if last:
             how = f"{before.fate.value} after step {before.last_step}"
-            marks.append((100 * min(1, step / last), "resume", f"life {before.number} {how}; life {life.number} went on from step {step}"))
+            back = "" if life.went_back_to is None else f" with the weights of step {life.went_back_to}"
+            words = f"life {before.number} {how}; life {life.number} went on from step {step}{back}"
+            marks.append((100 * min(1, step / last), "resume", words))
     skipped = 0.0
     for step in stage.steps:
         now = step.values.get("health/skipped_steps", 0.0)

@@ -49,6 +49,8 @@ class Life:
     end_noted: bool
     resumed_from: int | None
     """Step of the checkpoint that it went on from; nothing where it began at the beginning."""
+    went_back_to: int | None
+    """Step whose weights it had, where the guard gave up the steps after that (train/rollback.py)."""
     last_step: int
     """Last step that it reported."""
     fate: Fate
@@ -101,8 +103,9 @@ class Stage:
 
     @property
     def kept_seconds(self) -> float:
-        """Wall time of the steps that count."""
-        return sum(step.values.get("throughput/step_s", 0.0) for step in self.steps)
+        """Wall time of the steps whose weights were kept."""
+        undone = {n for life in self.lives if life.went_back_to is not None for n in range(life.went_back_to, life.resumed_from or 0)}
+        return sum(step.values.get("throughput/step_s", 0.0) for step in self.steps if step.number - 1 not in undone)
 
     @property
     def resumes(self) -> int:
@@ -219,6 +222,7 @@ def _lives(run: RunDir, lines: list[dict[str, Any]], now: float, notes: list[str
                 ended,
                 bool(end),
                 resumed_from,
+                start.get("went_back_to"),
                 max(reported),
                 fate,
                 reason,
