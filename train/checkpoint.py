@@ -117,7 +117,7 @@ class Writer:
         try:
             problems = ranks.gather(self._trying(name, partial, lambda: _write_files(files)))
             if not any(problems) and ranks.rank == 0:
-                problems.append(self._trying(name, partial, lambda: _publish(self._run, partial, name, state, self._config)))
+                problems.append(self._trying(name, partial, lambda: publish(self._run, partial, name, state, self._config)))
             self._problem = ranks.share(next((p for p in problems if p), None))
         except RuntimeError as error:  # another rank is gone
             self._problem = f"{_CRASH}{name}: {error!r}"
@@ -165,11 +165,14 @@ def read_state(folder: Path) -> TrainState:
 def load(folder: Path, engine: Engine, ranks: Ranks, state: TrainState, run: RunDir) -> None:
     """Puts weights, optimizer and random state of a checkpoint in place, of another number of ranks too."""
     if state.world != ranks.world:
-        copy = reshape.converted(folder, run, ranks)
-        engine.load(copy.parent, copy.name)
-        ranks.barrier()
-        if ranks.rank == 0:
-            shutil.rmtree(copy)
+        if reshape.is_whole(state.zero_stage, state.dtype):
+            engine.load(folder.parent, folder.name)
+        else:
+            copy = reshape.converted(folder, run, ranks)
+            engine.load(copy.parent, copy.name)
+            ranks.barrier()
+            if ranks.rank == 0:
+                shutil.rmtree(copy)
         torch.manual_seed(torch.initial_seed() + state.step)  # nobody's random state fits; dropout must not repeat itself all the same
         return
     engine.load(folder.parent, folder.name)
@@ -192,8 +195,9 @@ def require_same(state: TrainState, now: TrainState, folder: Path) -> None:
         )
     if state.base_digest != now.base_digest:
         raise UserError(f"{folder}: run.init_from holds other weights than the stage began from: use a new run.dir")
-    fixed = [("zero_stage", "deepspeed.stage"), ("dtype", "train.precision")]
-    fixed += [] if state.zero_stage in reshape.STAGES else [("world", "--procs")]
+    fixed = [("dtype", "train.precision")]
+    if not reshape.goes_on(state.zero_stage, state.dtype, now.zero_stage, state.world == now.world):
+        fixed += [("zero_stage", "deepspeed.stage"), ("world", "--procs")]
     for name, key in fixed:
         if getattr(state, name) != getattr(now, name):
             raise UserError(
@@ -206,7 +210,11 @@ def _write_files(files: Files) -> None:
         torch.save(content, path)
 
 
-def _publish(run: RunDir, partial: Path, name: str, state: TrainState, config: CheckpointConfig) -> None:
+def publish(run: RunDir, partial: Path, name: str, state: TrainState, config: CheckpointConfig) -> None:
+    """Makes a folder of written files a complete checkpoint, and removes those that are no longer kept.
+
+    The newest good one stays: it is what the guard goes back to.
+    """
     (partial / "state.json").write_text(json.dumps(asdict(state), indent=1))
     files = sorted(p for p in partial.rglob("*") if p.is_file())
     manifest = {str(p.relative_to(partial)): {"size": p.stat().st_size, "sha256": file_digest(p)} for p in files}
@@ -217,13 +225,30 @@ def _publish(run: RunDir, partial: Path, name: str, state: TrainState, config: C
         shutil.rmtree(target)
     partial.replace(target)
     write_atomic(run.checkpoints / "latest", name.encode())
-    for old in sorted(run.checkpoints.glob(f"{PREFIX}*"))[: -config.keep_last]:
-        if not config.keep_every or int(old.name.removeprefix(PREFIX)) % config.keep_every:
+    found = newest_first(run)
+    good = next((folder for folder in found if is_good(folder)), None)
+    for old in found[config.keep_last :]:
+        kept = config.keep_every and int(old.name.removeprefix(PREFIX)) % config.keep_every == 0
+        if old != good and not kept:
             shutil.rmtree(old)
 
 
+def newest_first(run: RunDir) -> list[Path]:
+    """The visible checkpoints, complete or damaged since."""
+    return sorted(run.checkpoints.glob(f"{PREFIX}*"), reverse=True)
+
+
+def is_good(folder: Path) -> bool:
+    """Whether the last step before a checkpoint moved the weights: those within a row of skipped steps are not gone back to."""
+    try:
+        state = read_json(folder / "state.json")
+    except ValueError:
+        return False
+    return state is not None and not state["guard"].get("in_a_row")
+
+
 def _newest_complete(run: RunDir) -> str | None:
-    for folder in sorted(run.checkpoints.glob(f"{PREFIX}*"), reverse=True):
+    for folder in newest_first(run):
         found = problem(folder)
         if found is None:
             return folder.name

@@ -215,6 +215,8 @@ class TrainConfig:
     """Peak learning rate (paper: 2e-4 for pretraining, 5e-5 for SFT)."""
     warmup: float = 0.01
     """Share of the run with linear warm-up (paper: 1 %)."""
+    warmup_steps: int = 0
+    """The same in steps: with `warmup: 0`, the rate rises to that of the schedule over the first so many."""
     schedule: Schedule = Schedule.cosine
     """cosine, constant or wsd; a function of the share of the run that is done, in steps or in data, whichever sets its length."""
     decay: float = 0.2
@@ -304,12 +306,21 @@ class CheckpointConfig:
     """Checkpoints whose step is a multiple of this stay for good; 0 = none."""
 
 
+class GuardThen(Enum):
+    """What follows too many skipped steps in a row."""
+
+    stop = "stop"  # a checkpoint, and exit 70: a person must look
+    rollback = "rollback"  # on with the weights of the last good checkpoint, behind the data since; once from each, then as `stop`
+
+
 @dataclass
 class GuardConfig:
     """Which steps move nothing. A loss or gradient that is not finite always skips its step, on all ranks alike."""
 
     in_a_row: int = 10
-    """Skipped steps in a row after which the run stops, with a checkpoint, for a person to look (exit 70); 0 = never."""
+    """Skipped steps in a row that are too many; 0 = never."""
+    then: GuardThen = GuardThen.stop
+    """What happens then: stop or rollback."""
     sigma: float = 0.0
     """A loss so many deviations above the mean of the window is a spike and skips its step; 0 = spikes are let through. 6 is usual."""
     window: int = 128
@@ -362,7 +373,8 @@ class EvaluateConfig:
     """Steps between measurements of the held-out losses while the run trains (`validation/` in the metrics); 0 = none."""
     pictures: int = 256
     """Most pictures a split that these measurements use, spread evenly over `candidates.json`."""
-
+    captions: int = 0
+    """Pictures a split that the model captions at each measurement, for trackers and report; 0 = none."""
     splits: dict[str, str] = field(default_factory=dict)
     """Held-out pair sources by name; each is a folder with shards, index and `candidates.json`."""
     text: str | None = None

@@ -11,7 +11,7 @@ from omegaconf import MISSING, OmegaConf
 from data_pipeline import configure
 from data_pipeline.config import Change, ImageRule, MixUnit
 from data_pipeline.errors import UserError
-from train.config import Config, DeepSpeedConfig, OffloadTo, Schedule
+from train.config import Config, DeepSpeedConfig, GuardThen, OffloadTo, Schedule
 
 CADENCE = ("workers", "prefetch", "change", "read_stall", "read_deadline", "cache_dir", "cache_gib")
 """Keys of `data` that shape no result."""
@@ -145,17 +145,21 @@ def _check(config: Config, where: str) -> None:
         )
     if config.data.global_batch < 1 or config.data.micro_packs < 1 or config.data.window < 1:
         raise UserError(f"{where}: data.global_batch, data.micro_packs and data.window must be at least 1 (raise them)")
+    if config.train.warmup_steps < 0 or (config.train.warmup and config.train.warmup_steps):
+        raise UserError(f"{where}: train.warmup and train.warmup_steps: give one, not negative (set the other to 0)")
     if config.train.schedule is Schedule.wsd and not 0 <= config.train.decay <= 1 - config.train.warmup:
         raise UserError(f"{where}: train.decay: {config.train.decay:g} does not fit between the warm-up and the end (lower it)")
     recorded = config.profile.steps
     if recorded and (len(recorded) != 2 or not 1 <= recorded[0] <= recorded[1]):
         raise UserError(f"{where}: profile.steps: {recorded} is no first and last step (such as [10, 15])")
-    if config.evaluate.every < 0 or config.evaluate.pictures < 1:
-        raise UserError(f"{where}: evaluate: every must be 0 or more, pictures at least 1 (raise them)")
+    if config.evaluate.every < 0 or config.evaluate.captions < 0 or config.evaluate.pictures < 1:
+        raise UserError(f"{where}: evaluate: every and captions must be 0 or more, pictures at least 1 (raise them)")
     if config.checkpoint.every < 1 or config.checkpoint.keep_last < 1 or config.checkpoint.keep_every < 0:
         raise UserError(f"{where}: checkpoint: every and keep_last must be at least 1, keep_every 0 or more (raise them)")
     if config.guard.in_a_row < 0 or config.guard.sigma < 0 or config.guard.window < 2:
         raise UserError(f"{where}: guard: in_a_row and sigma must be 0 or more, window 2 or more (change them)")
+    if config.guard.then is GuardThen.rollback and not config.guard.in_a_row:
+        raise UserError(f"{where}: guard.then: rollback never happens while guard.in_a_row is 0 (set it to 1 or more)")
     if not config.train.groups:
         raise UserError(f"{where}: train.groups is empty: nothing would be trained (begin with - {{match: .*}})")
     for i, rule in enumerate(config.train.groups):

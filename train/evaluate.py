@@ -4,9 +4,7 @@ Invariant: everything is measured on weights read back from disk, without augmen
 same weights give the same file.
 """
 
-import base64
 import hashlib
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -16,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from data_pipeline.batch import PackedBatch, Segment, assemble
 from data_pipeline.errors import UserError
@@ -32,6 +29,7 @@ from train.device import choose
 from train.generate import greedy_captions
 from train.model.xcomposer2 import XComposer2
 from train.run_dir import RunDir, read_json, write_json
+from train.tracking.captions import Caption, data_uri
 from train.weights import final
 
 BATCH_TOKENS = 2048
@@ -124,8 +122,7 @@ class Scorer:
             "retrieval_of_10": _share_stderr(hits),
             "greedy_exact": _share_stderr(exact),
         }
-        # Neighbours by key are pictures of one subgroup; a hash shows a cross-section that nobody chose.
-        by_hash = sorted(range(len(items)), key=lambda i: hashlib.sha256(items[i]["key"].encode()).digest())
+        by_hash = sorted(range(len(items)), key=lambda i: _by_hash(items[i]))
         figures["samples"] = [
             {
                 "key": items[i]["key"],
@@ -134,7 +131,7 @@ class Scorer:
                 "generated_right": bool(exact[i]),
                 "retrieved": items[i]["candidates"][chosen[i]],
                 "retrieved_right": bool(hits[i]),
-                "image": _data_uri(pixels[items[i]["key"]].whole()),
+                "image": data_uri(pixels[items[i]["key"]].whole()),
             }
             for i in by_hash[: self.config.evaluate.samples]
         ]
@@ -174,6 +171,19 @@ class Scorer:
             found["right"] = [self._segment(item["caption"], pixels[item["key"]]) for item in items]
             found["wrong"] = [self._segment(item["caption"], pixels[item["wrong_image"]]) for item in items]
         return found
+
+    def pictures(self, name: str, folder: Path, most: int) -> list[tuple[dict[str, Any], Picture]]:
+        """The first pictures of a split by hash, with their items of `candidates.json`."""
+        items, pixels = self._read_split(name, folder)
+        return [(item, pixels[item["key"]]) for item in sorted(items, key=_by_hash)[:most]]
+
+    def write(self, name: str, pictures: Sequence[tuple[dict[str, Any], Picture]]) -> list[Caption]:
+        """The greedy captions of some pictures; a fixed number of steps, so that ranks stay together."""
+        written = self._greedy([picture for _, picture in pictures])
+        return [
+            Caption(name, item["key"], item["caption"], words, picture.whole())
+            for (item, picture), words in zip(pictures, written, strict=True)
+        ]
 
     @torch.no_grad()
     def score(self, segments: Sequence[Segment]) -> Scores:
@@ -246,6 +256,11 @@ class Scorer:
         return source
 
 
+def _by_hash(item: dict[str, Any]) -> bytes:
+    """Neighbours by key are pictures of one subgroup; a hash shows a cross-section that nobody chose."""
+    return hashlib.sha256(item["key"].encode()).digest()
+
+
 def _share_stderr(hits: np.ndarray) -> float:
     share = float(hits.mean())
     return math.sqrt(share * (1 - share) / len(hits))
@@ -255,9 +270,3 @@ def _plora_b_norm(model: XComposer2) -> float:
     """Norm of all low-rank output weights: 0 means that PLoRA has learnt nothing."""
     squares = [float(p.detach().float().square().sum()) for n, p in model.named_parameters() if n.endswith("plora_b")]
     return math.sqrt(sum(squares))
-
-
-def _data_uri(pixels: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.transpose(1, 2, 0)).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

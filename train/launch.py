@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from types import FrameType
+from typing import Any
 
-from data_pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_TRY_AGAIN, UserError
+from data_pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_TRY_AGAIN, EXIT_USER, UserError
 from train.config import Config, WatchdogConfig
 from train.run_dir import RunDir, read_json
 
@@ -30,22 +31,34 @@ def run_stage(config: Config, procs: int) -> int:
     """Runs one stage with `procs` ranks; returns its exit code. The run directory holds its config already."""
     run = RunDir(config.run.dir)
     with own(run):
-        run.outcome.unlink(missing_ok=True)
         run.stop_file.unlink(missing_ok=True)
-        lives_before = run.life()
-        run.hang.unlink(missing_ok=True)
-        code = _watch([_start(run, rank, procs, port) for port in [free_port()] for rank in range(procs)], run, config.watchdog)
-        outcome = run.read_outcome()
-        with suppress(OSError):  # a full disk must not hide why the run ended
-            if outcome is None:
-                step = int((read_json(run.heartbeat) or {}).get("step", 0))
-                outcome = {"code": code or EXIT_CRASH, "reason": f"{config.run.name}: a rank was killed (see {run.logs})", "step": step}
-                run.write_outcome(**outcome)
-            if run.life() > lives_before:
-                run.end_life(outcome["code"], outcome["reason"], outcome["step"])
-    if outcome["code"] != EXIT_DONE:
-        print(f"{'error: ' if outcome['code'] in (1, 2) else ''}{outcome['reason']}", file=sys.stderr)
+        again = True
+        while again:
+            outcome, again = _live(config, run, procs)
+            if outcome["code"] != EXIT_DONE:
+                print(f"{'error: ' if outcome['code'] in (1, 2) else ''}{outcome['reason']}", file=sys.stderr)
     return int(outcome["code"])
+
+
+def _live(config: Config, run: RunDir, procs: int) -> tuple[dict[str, Any], bool]:
+    """One life: its outcome, and whether another one is to follow at once."""
+    run.outcome.unlink(missing_ok=True)
+    run.hang.unlink(missing_ok=True)
+    lives_before = run.life()
+    ranks = [_start(run, rank, procs, port) for port in [free_port()] for rank in range(procs)]
+    code, asked_to_stop = _watch(ranks, run, config.watchdog)
+    outcome = run.read_outcome()
+    with suppress(OSError):  # a full disk must not hide why the run ended
+        if outcome is None:
+            step = int((read_json(run.heartbeat) or {}).get("step", 0))
+            reason = f"a rank was killed (see {run.logs})"
+            if code == EXIT_USER:  # nobody could say why
+                reason = f"cannot write in {run.path} (free space, or make it writable; the same command goes on)"
+            outcome = {"code": code or EXIT_CRASH, "reason": f"{config.run.name}: {reason}", "step": step}
+            run.write_outcome(**outcome)
+        if run.life() > lives_before:
+            run.end_life(outcome["code"], outcome["reason"], outcome["step"])
+    return outcome, bool(outcome.get("again")) and not (asked_to_stop or run.stop_file.exists())
 
 
 @contextmanager
@@ -85,14 +98,18 @@ def _start(run: RunDir, rank: int, procs: int, port: int) -> subprocess.Popen[by
     return subprocess.Popen(command, env=rank_environment(rank, procs, port), start_new_session=True)
 
 
-def _watch(ranks: list[subprocess.Popen[bytes]], run: RunDir, limits: WatchdogConfig) -> int:
+def _watch(ranks: list[subprocess.Popen[bytes]], run: RunDir, limits: WatchdogConfig) -> tuple[int, bool]:
     """Waits for all ranks; the first that fails takes the others with it. Stop signals are passed on.
+
+    Returns the exit code and whether there was such a signal.
 
     Where a watchdog ended it, the ranks that are left cannot run theirs: they are made to show their stacks.
     """
-    began = time.time()
+    pulse, asked_to_stop = Pulse(run, limits), False
 
     def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal asked_to_stop
+        asked_to_stop = True
         for process in ranks:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -106,7 +123,7 @@ def _watch(ranks: list[subprocess.Popen[bytes]], run: RunDir, limits: WatchdogCo
                 failed_at = time.monotonic()
                 if run.hang.exists():
                     _show_stacks(ranks)
-            if failed_at is None and (silent := _mute(run, limits, began)):
+            if failed_at is None and (silent := pulse.silent_s()):
                 _show_stacks(ranks)
                 time.sleep(1)
                 reason = f"rank 0 does not answer at all, since {silent:.0f} s (see {run.logs}/stacks-rank-*.txt; the same command goes on)"
@@ -122,7 +139,7 @@ def _watch(ranks: list[subprocess.Popen[bytes]], run: RunDir, limits: WatchdogCo
             process.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
-    return max((p.returncode if p.returncode >= 0 else EXIT_CRASH for p in ranks), default=EXIT_DONE)
+    return max((p.returncode if p.returncode >= 0 else EXIT_CRASH for p in ranks), default=EXIT_DONE), asked_to_stop
 
 
 def _show_stacks(ranks: list[subprocess.Popen[bytes]]) -> None:
@@ -132,17 +149,29 @@ def _show_stacks(ranks: list[subprocess.Popen[bytes]]) -> None:
             process.send_signal(signal.SIGUSR1)
 
 
-def _mute(run: RunDir, limits: WatchdogConfig, began: float) -> float:
-    """Seconds without a heartbeat of this life, where they are so many that not even a watchdog can be running; else 0.
+class Pulse:
+    """The heartbeat of a life as seen from outside: the last resort where the only rank, or each of them, holds its interpreter.
 
-    The last resort where the only rank, or each of them, holds its interpreter.
+    Counted in ticks of this process since the file last changed: clocks jump.
     """
-    longest = max(asdict(limits).values())
-    with suppress(OSError, ValueError):
-        beat = read_json(run.heartbeat)
-        if longest and beat and beat["time"] > began and time.time() - beat["time"] > longest + MUTE_S:
-            return time.time() - float(beat["time"])
-    return 0.0
+
+    def __init__(self, run: RunDir, limits: WatchdogConfig) -> None:
+        self._run, self._longest = run, max(asdict(limits).values())
+        self._seen: Any = None
+        self._seen, self._changed = self._read(), 0.0
+
+    def silent_s(self) -> float:
+        """Seconds without a beat, where they are so many that not even a watchdog can be running; else 0, as before the first beat."""
+        beat = self._read()
+        if beat != self._seen:
+            self._seen, self._changed = beat, time.monotonic()
+        silent = time.monotonic() - self._changed if self._changed else 0.0
+        return silent if self._longest and silent > self._longest + MUTE_S else 0.0
+
+    def _read(self) -> Any:
+        with suppress(OSError, ValueError):
+            return read_json(self._run.heartbeat)
+        return self._seen
 
 
 def free_port() -> int:

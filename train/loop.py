@@ -20,9 +20,9 @@ from data_pipeline.plan.origin import Cursor, Origin
 from data_pipeline.read import budget
 from data_pipeline.read.killers import Killers, read_killers
 from data_pipeline.read.ledger import Ledger, copy_index_damage
-from train import checkpoint, configure, optim
+from train import checkpoint, configure, optim, reshape
 from train.checkpoint import TrainState
-from train.config import Config
+from train.config import Config, GuardThen
 from train.device import Device
 from train.engine import Engine
 from train.flops import Shape, StepCost, cost_model, peak_flops
@@ -31,6 +31,7 @@ from train.model.xcomposer2 import XComposer2
 from train.objective import losses_by_source
 from train.profiling import Profiling
 from train.ranks import Ranks, SequenceGroup
+from train.rollback import WENT_BACK_TO, roll_back
 from train.run_dir import RunDir
 from train.signals import SaveRequest, StopRequest
 from train.tracking.figures import Figures
@@ -50,6 +51,8 @@ class Ending:
     code: int
     reason: str
     step: int
+    again: bool = False
+    """Another life is to go on at once."""
 
 
 class Counts(NamedTuple):
@@ -91,7 +94,7 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
     model.share_tokens(group.group)
     trained, frozen = optim.resolve(model, config.train)
     cost = StepCost.of(model, config.train.checkpointing)
-    reshaped = saved is not None and saved.world != ranks.world
+    reshaped = saved is not None and saved.world != ranks.world and not reshape.is_whole(saved.zero_stage, saved.dtype)
     engine = Engine(config, model, optim.adamw(trained, config.train), ranks, device.dtype, universal=reshaped)
     state, resumed = _resume(config, run, ranks, device, data, engine, folder, saved)
     reporter = Reporter(config, run, ranks, terminal, peak_flops(device.name))
@@ -107,6 +110,7 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
             plan=data.plan.digest,
             origin=asdict(data.plan.origin),
             cost=asdict(cost_model(config)),
+            went_back_to=state.guard.get(WENT_BACK_TO),
         )
         reporter.begin(life, state.step, configure.as_dict(config), [optim.table(trained, frozen, config.train.lr), about, *change])
 
@@ -126,7 +130,8 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
     budgets = {name: source.errors for name, source in config.data.sources.items()}
     guard = Guard(config.guard, run.path, ranks.rank, device.torch_device, state.guard)
     writer = checkpoint.Writer(run, engine, ranks, config.checkpoint)
-    validation = Validation(config, data.tokenizer, engine, ranks, device)
+    validation = Validation(config, run, data.tokenizer, engine, ranks, device)
+    validation.begin(state.step)
     profiling = Profiling(config.profile, run.path, ranks.rank)
     saved_step = state.step if resumed else None
     ending = Ending(EXIT_DONE, "done", state.step)
@@ -173,7 +178,7 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
             by_source.append(losses_by_source(losses.per_target_L, batch, len(data.sources)))
             stopwatch.lap("backward")
         progress = _progress(config, step)
-        lr = optim.learning_rate(config.train, (state.progress + progress) / 2)
+        lr = optim.learning_rate(config.train, (state.progress + progress) / 2, state.step + 0.5)
         skipped = engine.step(lr)
         stopwatch.lap("optimizer")
         profiling.after(state.step + 1)
@@ -190,6 +195,7 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
         if validation.due(state.step):
             watchdog.beat(state.step, "checkpoint")
             host |= validation.measure()
+            reporter.show(state.step, validation.captions())
         model_flops = sum(cost.total(Shape.useful(m.batch)).model for m in step.micro_batches) // group.size
         hardware_flops = sum(cost.total(Shape.of(part)).hardware for part in parts)
         image_tokens = sum(len(part.image_index) for part in parts if part.image_count)
@@ -203,9 +209,11 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
             save.answered()
             saved_step = state.step
         if guard.exhausted():
-            why = f"{guard.in_a_row} steps in a row moved nothing, guard.in_a_row is {config.guard.in_a_row}"
-            cure = f"see {run.path}/skipped; lower train.lr or mend the data in a new run, or run the same command to try again"
-            ending = Ending(EXIT_NEEDS_PERSON, f"{config.run.name}: stopped after step {state.step}: {why} ({cure})", state.step)
+            watchdog.beat(state.step, "checkpoint")
+            reporter.flush()
+            writer.wait()
+            ending = _given_up(config, run, ranks, state, guard)
+            saved_step = state.step if ending.again else saved_step
             break
         writer.check()
         asked = time.monotonic()
@@ -275,7 +283,20 @@ def _resume(
         return start, False
     checkpoint.require_same(saved, start, folder)
     checkpoint.load(folder, engine, ranks, saved, run)
-    return replace(saved, world=ranks.world), True
+    return replace(saved, world=ranks.world, zero_stage=config.deepspeed.stage), True
+
+
+def _given_up(config: Config, run: RunDir, ranks: Ranks, state: TrainState, guard: Guard) -> Ending:
+    """Too many steps in a row moved nothing: the next life goes on with the weights of the last good checkpoint, or a person must look."""
+    why = f"{guard.in_a_row} steps in a row moved nothing, guard.in_a_row is {config.guard.in_a_row}"
+    if config.guard.then is GuardThen.rollback:
+        found = roll_back(run, ranks, state, config.checkpoint)
+        if isinstance(found, int):
+            what = f"went back after step {state.step} to the weights of step {found}, on with the data behind it"
+            return Ending(EXIT_TRY_AGAIN, f"{config.run.name}: {what}: {why} (see {run.path}/skipped)", state.step, again=True)
+        why += f", and {found}"
+    cure = f"see {run.path}/skipped; lower train.lr or mend the data in a new run, or run the same command to try again"
+    return Ending(EXIT_NEEDS_PERSON, f"{config.run.name}: stopped after step {state.step}: {why} ({cure})", state.step)
 
 
 def _progress(config: Config, step: StepData) -> float:

@@ -1,7 +1,7 @@
 """Which parameters move, how fast, and along which schedule.
 
 Invariant: every parameter is decided by the first rule whose pattern matches its name; the learning rate is a pure function of the
-run's progress, so that it needs no state in a checkpoint.
+run's progress and its steps, so that it needs no state in a checkpoint.
 """
 
 import math
@@ -90,21 +90,27 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def learning_rate(config: TrainConfig, progress: float) -> float:
-    """Linear warm-up, then `train.schedule`, at `progress` in 0..1 (paper: 1 % warm-up, cosine to 0).
+def learning_rate(config: TrainConfig, progress: float, steps: float) -> float:
+    """Linear warm-up, then `train.schedule`, at `progress` in 0..1 (paper: 1 % warm-up, cosine to 0), after so many steps.
 
     Callers pass the middle of the step, so that neither the first nor the last step is wasted at zero.
     """
     if progress < config.warmup:
         return config.lr * progress / config.warmup
+    risen = min(1.0, steps / config.warmup_steps) if config.warmup_steps else 1.0
+    return config.lr * risen * _share(config, progress)
+
+
+def _share(config: TrainConfig, progress: float) -> float:
+    """Of the peak, by `train.schedule`."""
     if config.schedule is Schedule.constant:
-        return config.lr
+        return 1.0
     if config.schedule is Schedule.wsd:
         share = min(1.0, max(0.0, 1 - progress) / max(1e-12, config.decay))
     else:
         done = min(1.0, (progress - config.warmup) / max(1e-12, 1 - config.warmup))
         share = 0.5 * (1 + math.cos(math.pi * done))
-    return config.lr * (config.final_lr + (1 - config.final_lr) * share)
+    return config.final_lr + (1 - config.final_lr) * share
 
 
 def _lr_scale(rule: GroupRule, name: str, depth: int) -> float:

@@ -55,7 +55,7 @@ def run_rank(run_dir: Path) -> int:
         ranks.barrier()
         watchdog.close()
         if rank == 0:
-            run.write_outcome(ending.code, ending.reason, ending.step)
+            run.write_outcome(ending.code, ending.reason, ending.step, ending.again)
         dist.destroy_process_group()
         return ending.code
     except (UserError, TryAgainError) as error:

@@ -1,4 +1,4 @@
-"""A checkpoint of another number of ranks, made fit for these, through DeepSpeed's universal checkpoint.
+"""A checkpoint of another number of ranks, made fit for these, through DeepSpeed's universal checkpoint where it needs to be.
 
 Invariant: the checkpoint itself is not touched; the copy is for one loading, and the next life sweeps it away.
 """
@@ -13,7 +13,22 @@ from train.ranks import Ranks
 from train.run_dir import RunDir
 
 STAGES = (1, 2)
-"""ZeRO stages whose converted checkpoints train on as before. Of ZeRO-3 the second step differed by 0.02 nats."""
+"""ZeRO stages whose converted checkpoints train on as before, each also under the other.
+
+Of ZeRO-3 the second step differed by 0.02 nats.
+"""
+
+
+def goes_on(stage: int, dtype: str, now_stage: int, same_world: bool) -> bool:
+    """Whether a checkpoint of a ZeRO stage and number format can be gone on with under another stage, or on other ranks."""
+    if stage != now_stage and not {stage, now_stage} <= set(STAGES):
+        return False
+    return same_world or stage in STAGES or is_whole(stage, dtype)
+
+
+def is_whole(stage: int, dtype: str) -> bool:
+    """Whether every rank holds all of the optimizer: such a checkpoint fits any number of ranks as it is."""
+    return stage == 0 and dtype == "torch.float32"
 
 
 def converted(folder: Path, run: RunDir, ranks: Ranks) -> Path:

@@ -6,9 +6,9 @@
     outcome.json     how the last life ended        logs/rank-N.log       what each rank said
     heartbeat.json   step, phase, time              tracking/             TensorBoard and wandb files
     evaluation.json  figures on held-out data       stop                  touch it to stop the run
-    skipped/         samples of skipped steps       save                  touch it to get a checkpoint now
+    skipped/         skipped steps, rollbacks       save                  touch it to get a checkpoint now
     profile/         traces of some steps           logs/stacks-rank-N.txt, hang.json   what hung (train/watchdog.py)
-    killers/         samples that killed a worker
+    killers/         samples that killed a worker       validation/           captions written on the way, their pictures
 
 Invariant: a file that others read is replaced in one step, never seen half-written.
 """
@@ -44,6 +44,7 @@ class RunDir:
         self.final = self.path / "final"
         self.logs = self.path / "logs"
         self.tracking = self.path / "tracking"
+        self.validation = self.path / "validation"
 
     def create(self) -> None:
         """Makes the directory.
@@ -54,6 +55,7 @@ class RunDir:
         try:
             for folder in (self.path, self.checkpoints, self.logs):
                 folder.mkdir(parents=True, exist_ok=True)
+            self.lock.open("a").close()  # folders that are there tell nothing
         except OSError as error:
             raise UserError(f"run.dir: cannot write {self.path.resolve()}: {error.strerror} (choose another directory)") from None
 
@@ -61,25 +63,36 @@ class RunDir:
         """Where a rank that hangs, or that got SIGUSR1, shows its stacks."""
         return self.logs / f"stacks-rank-{rank}.txt"
 
-    def write_outcome(self, code: int, reason: str, step: int) -> None:
-        """How this life ended; becomes the exit code of the command."""
-        write_json(self.outcome, {"code": code, "reason": reason, "step": step, "life": self.life(), "time": time.time()})
+    def write_outcome(self, code: int, reason: str, step: int, again: bool = False) -> None:
+        """How this life ended; becomes the exit code of the command, unless it is to live `again` at once."""
+        outcome = {"code": code, "reason": reason, "step": step, "again": again, "life": self.life(), "time": time.time()}
+        write_json(self.outcome, outcome)
 
     def read_outcome(self) -> dict[str, Any] | None:
         """How the last life ended, if it said so."""
         return read_json(self.outcome)
 
     def begin_life(
-        self, resumed_from: int | None, world: int, sequence: int, device: str, plan: str, origin: dict[str, Any], cost: dict[str, int]
+        self,
+        resumed_from: int | None,
+        world: int,
+        sequence: int,
+        device: str,
+        plan: str,
+        origin: dict[str, Any],
+        cost: dict[str, int],
+        went_back_to: int | None = None,
     ) -> int:
         """Notes that a process group starts; returns the number of this life, from 1.
 
+        `went_back_to`: the step whose weights it has, where that is not `resumed_from` (train/rollback.py).
         `sequence` (ranks that share packs), `plan` (digest), `origin` (where it took over) and `cost` (coefficients of balance) say which
         packs each rank gets: `xc-data replay` reads them.
         """
         life = self.life() + 1
         start = {"life": life, "event": "start", "time": time.time(), "resumed_from": resumed_from, "world": world, "device": device}
-        jsonl.append(self.lives, [{**start, "sequence": sequence, "plan": plan, "origin": origin, "cost": cost}])
+        back = {} if went_back_to is None else {"went_back_to": went_back_to}
+        jsonl.append(self.lives, [{**start, **back, "sequence": sequence, "plan": plan, "origin": origin, "cost": cost}])
         return life
 
     def end_life(self, code: int, reason: str, step: int) -> None:

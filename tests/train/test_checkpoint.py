@@ -47,8 +47,8 @@ class Model:
 
 def state(step: int, **changes) -> TrainState:
     drawn = Drawn(**{name: {} for name in Drawn.__dataclass_fields__})
-    facts = {"plan_digest": "p", "base_digest": None, "world": 1, "zero_stage": 2, "dtype": "fp32", **changes}
-    return TrainState(step, (0, 0), drawn, Origin(), progress=0.5, totals={}, guard={}, **facts)
+    facts = {"plan_digest": "p", "base_digest": None, "world": 1, "zero_stage": 2, "dtype": "fp32", "guard": {}, **changes}
+    return TrainState(step, (0, 0), drawn, Origin(), progress=0.5, totals={}, **facts)
 
 
 @pytest.fixture
@@ -120,6 +120,14 @@ def test_the_last_ones_stay_and_every_so_many_for_good(run):
     assert steps(run) == [4, 8, 10, 11]
 
 
+def test_the_newest_one_before_a_row_of_skipped_steps_stays(run):
+    writer = make(run, Model(), keep_last=2)
+    for step, in_a_row in enumerate([0, 0, 0, 1, 2, 3], start=1):
+        writer.save(state(step, guard={"in_a_row": in_a_row}))
+    writer.wait()
+    assert steps(run) == [3, 5, 6]
+
+
 def test_a_write_that_fails_is_told_at_the_next_step_and_harms_no_other(run, monkeypatch):
     writer = make(run, Model())
     writer.save(state(1))
@@ -152,13 +160,16 @@ def test_a_copy_has_the_containers_and_numbers_of_what_it_is_a_copy_of_and_none_
 def test_what_cannot_be_gone_on_with_is_refused_with_the_way_out(run):
     folder = run.checkpoints / "step-00000001"
     for then, now, cure in [
-        ({"world": 2, "zero_stage": 0}, {"world": 1, "zero_stage": 0}, "--procs 2, not 1"),
+        ({"world": 2, "zero_stage": 0, "dtype": "torch.bfloat16"}, {"zero_stage": 0, "dtype": "torch.bfloat16"}, "--procs 2, not 1"),
         ({"world": 2, "zero_stage": 3}, {"world": 1, "zero_stage": 3}, "--procs 2, not 1"),
         ({"zero_stage": 3}, {"zero_stage": 2}, "deepspeed.stage 3, not 2"),
+        ({"zero_stage": 0}, {"zero_stage": 1}, "deepspeed.stage 0, not 1"),
         ({"dtype": "torch.bfloat16"}, {"dtype": "torch.float32"}, "train.precision"),
         ({"plan_digest": "a"}, {"plan_digest": "b"}, "data.change"),
         ({"base_digest": "a"}, {"base_digest": "b"}, "init_from"),
     ]:
         with pytest.raises(UserError, match=cure):
             checkpoint.require_same(state(1, **then), state(1, **now), folder)
-    checkpoint.require_same(state(1, world=2), state(1, world=1), folder)
+    checkpoint.require_same(state(1, world=2, zero_stage=1), state(1, world=1), folder)
+    whole = {"zero_stage": 0, "dtype": "torch.float32"}
+    checkpoint.require_same(state(1, world=2, **whole), state(1, world=1, **whole), folder)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from no_host_sync import no_host_sync
 from stages import Life, live_together, make_stage
+from tensors import tensors
 
 from data_pipeline import jsonl
 from data_pipeline.errors import EXIT_NEEDS_PERSON
@@ -54,14 +55,6 @@ def poisoned(demo, environment, tmp_path_factory):
     return {**made, "spikes": spikes}
 
 
-def tensors(value, path=""):
-    """Every tensor of a checkpoint by its place."""
-    if isinstance(value, torch.Tensor):
-        return {path: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-    return {name: tensor for key, each in items for name, tensor in tensors(each, f"{path}/{key}").items()}
-
-
 @pytest.mark.parametrize("name", ZERO)
 def test_a_nan_in_the_gradient_of_one_rank_skips_the_step_on_all_and_the_run_goes_on(poisoned, name):
     one = poisoned[name]
@@ -99,15 +92,19 @@ def test_a_spike_skips_its_step_on_all_ranks_and_is_kept_out_of_the_window(poiso
     assert sorted(state["guard"]["losses"]) == pytest.approx(sorted(believed[-3:]), rel=1e-6)
 
 
-def test_a_run_that_diverges_stops_for_a_person_with_a_checkpoint_and_goes_on_counting(stage):
-    one = stage(train={"lr": 1e30}, guard={"in_a_row": 3})
+def test_a_run_that_diverges_goes_back_once_without_being_asked_then_stops_for_a_person_and_goes_on_counting(stage):
+    """The first step throws the weights away, so that all others are skipped; its checkpoint is the last good one."""
+    one = stage(train={"lr": 1e30}, guard={"in_a_row": 3, "then": "rollback"}, checkpoint={"every": 1})
     stopped = one.train()
     assert stopped.returncode == EXIT_NEEDS_PERSON, stopped.stderr
-    (line,) = stopped.stderr.strip().splitlines()
-    assert "3 steps in a row moved nothing" in line
-    assert "skipped" in line
+    back, stop = stopped.stderr.strip().splitlines()
+    assert "went back after step 4 to the weights of step 1" in back
+    assert "3 steps in a row moved nothing" in stop
+    assert "the run went back to step 1 already" in stop
+    assert "skipped" in stop
+    assert one.resumed_from() == [None, 4]
     step = one.run.read_outcome()["step"]
-    assert one.checkpoints()[-1] == step
+    assert one.checkpoints()[-1] == step == 7
     live_together([Life(one)])
     outcome = one.run.read_outcome()
     assert (outcome["code"], outcome["step"]) == (EXIT_NEEDS_PERSON, step + 1), "it was not forgotten that three were skipped"

@@ -58,18 +58,27 @@ def test_the_table_shows_every_group_with_its_peak_rate():
 
 def test_the_schedule_warms_up_linearly_and_ends_where_it_says():
     settings = config(GroupRule(".*"), warmup=0.1, final_lr=0.2)
-    assert learning_rate(settings, 0.05) == pytest.approx(0.5e-3)
-    assert learning_rate(settings, 0.1) == pytest.approx(1e-3)
-    assert learning_rate(settings, 0.55) == pytest.approx(1e-3 * (0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi / 2))))
-    assert learning_rate(settings, 1.0) == pytest.approx(0.2e-3)
-    assert learning_rate(config(GroupRule(".*"), warmup=0.0), 0.0) == pytest.approx(1e-3)
+    assert learning_rate(settings, 0.05, 5) == pytest.approx(0.5e-3)
+    assert learning_rate(settings, 0.1, 10) == pytest.approx(1e-3)
+    assert learning_rate(settings, 0.55, 55) == pytest.approx(1e-3 * (0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi / 2))))
+    assert learning_rate(settings, 1.0, 100) == pytest.approx(0.2e-3)
+    assert learning_rate(config(GroupRule(".*"), warmup=0.0), 0.0, 0) == pytest.approx(1e-3)
 
 
 def test_constant_stays_at_the_peak_and_wsd_falls_in_a_line_at_the_end():
     constant = config(GroupRule(".*"), warmup=0.1, final_lr=0.2, schedule=Schedule.constant)
-    assert [learning_rate(constant, at) for at in (0.05, 0.1, 0.5, 1.0)] == pytest.approx([0.5e-3, 1e-3, 1e-3, 1e-3])
+    assert [learning_rate(constant, at, 0) for at in (0.05, 0.1, 0.5, 1.0)] == pytest.approx([0.5e-3, 1e-3, 1e-3, 1e-3])
     wsd = config(GroupRule(".*"), warmup=0.1, decay=0.4, final_lr=0.2, schedule=Schedule.wsd)
-    assert [learning_rate(wsd, at) for at in (0.05, 0.3, 0.6, 0.8, 1.0)] == pytest.approx([0.5e-3, 1e-3, 1e-3, 0.6e-3, 0.2e-3])
+    assert [learning_rate(wsd, at, 0) for at in (0.05, 0.3, 0.6, 0.8, 1.0)] == pytest.approx([0.5e-3, 1e-3, 1e-3, 0.6e-3, 0.2e-3])
+
+
+def test_warm_up_in_steps_rises_to_the_schedule_whatever_the_length_of_the_run():
+    settings = config(GroupRule(".*"), warmup=0.0, warmup_steps=10)
+    plain = config(GroupRule(".*"), warmup=0.0)
+    for step in (0.5, 5, 9.5):
+        assert learning_rate(settings, step / 1000, step) == pytest.approx(learning_rate(plain, step / 1000, step) * step / 10)
+    for step in (10, 500, 1000):
+        assert learning_rate(settings, step / 1000, step) == learning_rate(plain, step / 1000, step)
 
 
 def test_each_group_gets_its_share_of_the_rate():

@@ -3,13 +3,17 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from data_pipeline import jsonl
 from data_pipeline.errors import EXIT_DONE, EXIT_USER
 from train.cli import main
+
+JUMPING = str(Path(__file__).parents[1] / "support" / "jumping")
 
 
 @pytest.fixture
@@ -41,9 +45,11 @@ def refused(capfd):
         ("data.images.policy=partition", "model.projector.marks"),
         ("data.unit=epochs", "train.steps"),
         ("train.groups=[]", "train.groups"),
+        ("train.warmup_steps=10", "train.warmup"),
         ("profile.steps=[3]", "profile.steps"),
         ("checkpoint.keep_last=0", "keep_last"),
         ("guard.window=1", "guard"),
+        ("guard={in_a_row: 0, then: rollback}", "guard.then"),
         ("deepspeed.offload.parameters=cpu", "deepspeed.offload.parameters"),
         ("deepspeed.offload.optimizer=nvme", "deepspeed.offload"),
         ("deepspeed.zero_pp.quantized_weights=true", "deepspeed.zero_pp"),
@@ -125,3 +131,37 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(stage, tmp_path
         assert not list(made.run.checkpoints.glob(".*partial"))
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a folder read-only")
+def test_a_clock_that_jumps_metrics_that_vanish_and_a_run_directory_that_turns_read_only_lose_no_state(stage, whole):
+    made = stage()
+    made.environment["PYTHONPATH"] = os.pathsep.join([JUMPING, os.environ.get("PYTHONPATH", "")])
+    process = made.start()
+    made.wait_for(2, process)
+    made.run.metrics.unlink()
+    os.kill(process.pid, signal.SIGALRM)
+    for pid in made.rank_pids():
+        os.kill(pid, signal.SIGALRM)
+    made.wait_for(6, process)
+    directory = str(made.run.path)
+    subprocess.run(["mount", "--bind", directory, directory], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", directory], check=True)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == EXIT_USER, errors
+        (line,) = errors.strip().splitlines()
+        assert "cannot write" in line
+        assert "writable" in line or "free space" in line
+        again = made.train()
+        assert again.returncode == EXIT_USER
+        assert "run.dir: cannot write" in again.stderr
+    finally:
+        subprocess.run(["umount", "-l", directory], check=True)
+    assert made.train().returncode == EXIT_DONE
+    lines = jsonl.read(made.run.metrics)
+    assert lines[0]["step"] > 1, "what was removed is gone"
+    losses = made.losses()
+    assert losses == {step: loss for step, loss in whole.losses().items() if step in losses}
+    assert max(losses) == 24
+    assert made.weights() == whole.weights()

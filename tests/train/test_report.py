@@ -301,6 +301,25 @@ def test_a_gallery_marks_right_and_wrong_captions(demo: Path) -> None:
     assert "The first 1 of the test half in order of the key's SHA-256" in page
 
 
+def test_what_was_measured_and_written_on_the_way_is_shown_as_the_newest_life_left_it(tmp_path: Path) -> None:
+    run = killed_and_resumed(tmp_path)
+    figures = {"picture/nll_right": 1.0, "picture/nll_wrong": 2.0, "picture/nll_blind": 3.0, "text/nll": 4.0, "text/minus_base": 0.5}
+    run.validation.mkdir()
+    for step, life, words in ((3, 1, "first"), (6, 1, "undone"), (6, 2, "<b>again"), (9, 2, "last")):
+        jsonl.append(run.metrics, [{"step": step, "life": life, **{f"validation/{name}": value for name, value in figures.items()}}])
+        caption = {"split": "picture", "key": "k1", "reference": "a red fox", "generated": words}
+        jsonl.append(run.validation / "captions.jsonl", [{"step": step, "life": life, "captions": [caption]}])
+    write_json(run.validation / "pictures.json", {"k1": PIXEL, "k2": "https://evil.example/x"})
+    page = write_report(tmp_path).read_text()
+    for heading in ("Nats a token, picture", "Nats a token, text alone", "Text: nats above the start of the stage"):
+        assert f"<h4>{heading}</h4>" in page
+    card = page.split("What it wrote on the way")[1].split("</article>")[0]
+    assert PIXEL in card
+    found = re.findall(r"<dt>step (\d+)</dt><dd>(.*?)</dd>", card)
+    assert found == [("3", "first"), ("6", "&lt;b&gt;again"), ("9", "last")]
+    assert "evil.example" not in page
+
+
 def test_retrieval_is_called_above_chance_only_where_it_can_be_told() -> None:
     assert verdict((0.5, 0.03), 200) == "above chance"
     assert verdict((0.12, 0.03), 200) == "cannot be told from chance"

@@ -1,5 +1,6 @@
 """Interrupted equals uninterrupted, to the last bit, however it was interrupted; a damaged checkpoint is passed over."""
 
+import json
 import random
 import shutil
 import signal
@@ -16,8 +17,9 @@ from data_pipeline.batch import Segment
 from data_pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_TRY_AGAIN, EXIT_USER
 from data_pipeline.text.templates import Rendered
 from data_pipeline.text.tokenizer import Tokenizer
-from train import configure
+from train import configure, loop
 from train.cli import main
+from train.device import Device
 from train.evaluate import BATCH_TOKENS, Scorer
 from train.model.xcomposer2 import XComposer2
 from train.run_dir import RunDir
@@ -87,7 +89,7 @@ def other_engines(demo, environment, tmp_path_factory):
         for name, (zero, precision) in OTHER_ENGINES.items()
     }
     held_out = {"splits": {"picture": str(demo.source("heldout/unseen_picture/test"))}, "text": str(demo.source("heldout/text"))}
-    validated = {"evaluate": {**held_out, "every": 2, "pictures": 45}}
+    validated = {"evaluate": {**held_out, "every": 2, "pictures": 45, "captions": 3}}
     wholes = {name: make_stage(demo, environment, folder / name, {**sections, **validated}) for name, sections in settings.items()}
     live_together([Life(whole) for whole in wholes.values()])
     again = {name: make_stage(demo, environment, folder / f"{name}-again", sections) for name, sections in settings.items()}
@@ -126,6 +128,31 @@ def test_losses_measured_on_the_way_are_those_of_the_weights_of_their_step(other
     assert {k: lines[6][f"validation/{k}"] for k in measured} == pytest.approx(measured, rel=tolerance)
     sees = lines[6]["validation/picture/nll_wrong"] - lines[6]["validation/picture/nll_right"]
     assert lines[6]["validation/picture/wrong_minus_right"] == sees
+
+    scorer.model = loop.build_model(config, Device(torch.device("cpu"), scorer.model.head.weight.dtype, "")).eval()
+    base = scorer.score(scorer.texts(Path(config.evaluate.text))).mean()
+    for step in (2, 6):
+        lost = lines[step]["validation/text/nll"] - lines[step]["validation/text/minus_base"]
+        assert lost == pytest.approx(base, rel=tolerance), "text is compared with the weights that the stage began from"
+
+
+@pytest.mark.parametrize("name", OTHER_ENGINES)
+def test_captions_written_on_the_way_are_those_of_the_weights_of_their_step(other_engines, name):
+    wholes, _ = other_engines
+    one = wholes[name]
+    written = jsonl.read(one.run.validation / "captions.jsonl")
+    assert [line["step"] for line in written] == [2, 4, 6]
+    config = configure.read_resolved(one.run.path)
+    model = XComposer2(config.model, config.data.images.size, config.data.images.tokens)
+    final.load_into(model, one.run.path)
+    scorer = Scorer(model.to(torch.bfloat16 if "bf16" in name else torch.float32).eval(), Tokenizer(config.data.tokenizer), config)
+    expected = scorer.write("picture", scorer.pictures("picture", Path(config.evaluate.splits["picture"]), 3))
+    assert [(c["key"], c["reference"], c["generated"]) for c in written[-1]["captions"]] == [
+        (c.key, c.reference, c.generated) for c in expected
+    ]
+    pictures = json.loads((one.run.validation / "pictures.json").read_text())
+    assert set(pictures) == {c.key for c in expected}
+    assert all(uri.startswith("data:image/png;base64,") for uri in pictures.values())
 
 
 @pytest.mark.parametrize(("segments", "world"), [(0, 2), (1, 3), (7, 2), (1000, 3)])
@@ -180,11 +207,13 @@ def test_ranks_end_when_their_launcher_is_killed_and_leave_no_shared_memory(stag
     assert not orphaned.rank_pids()
 
 
-def test_another_number_of_ranks_sees_the_same_samples_and_loses_nothing_but_the_order_of_sums(whole, continued, other_engines, tmp_path):
-    """2 ranks, then 1, then 2 again under ZeRO-2; 2, then 1 under ZeRO-1 in bf16; under ZeRO-3 it is refused."""
+def test_another_number_of_ranks_or_zero_stage_sees_the_same_samples_and_loses_nothing_but_the_order_of_sums(
+    whole, continued, other_engines, tmp_path
+):
+    """2 ranks, then 1, then 2 again under ZeRO-2, and ZeRO-1 in the end; 2, then 1 under ZeRO-0, and under ZeRO-1 in bf16."""
     wholes, _ = other_engines
     reshaped = {"zero-2": (continued("reshaped", 16), whole)}
-    for name in ("zero-1-bf16",):
+    for name in ("zero-0", "zero-1-bf16"):
         one = Stage(tmp_path / f"{name}.yaml", RunDir(tmp_path / name), wholes[name].environment)
         one.config.write_text(wholes[name].config.read_text().replace(f"dir: {wholes[name].run.path}\n", f"dir: {one.run.path}\n"))
         shutil.copytree(wholes[name].run.path, one.run.path)
@@ -192,9 +221,12 @@ def test_another_number_of_ranks_sees_the_same_samples_and_loses_nothing_but_the
         reshaped[name] = one, wholes[name]
     no_dropout = ("model.plora.dropout=0",)  # whose random numbers belong to a rank
     live_together([Life(one, no_dropout) for one, _ in reshaped.values()], world=1)
-    reshaped["zero-2"][0].forget_after(20)
-    live_together([Life(reshaped["zero-2"][0], no_dropout)])
-    assert reshaped["zero-2"][0].resumed_from() == [None, 16, 20]
+    changing = reshaped["zero-2"][0]
+    changing.forget_after(20)
+    other_stage = continued("other-stage", 16)
+    live_together([Life(changing, (*no_dropout, "deepspeed.stage=1")), Life(other_stage, ("deepspeed.stage=1",))])
+    reshaped["zero-1"] = other_stage, whole
+    assert changing.resumed_from() == [None, 16, 20]
     for name, (one, uninterrupted) in reshaped.items():
         # The uninterrupted runs have dropout in PLoRA, whose products are still next to nothing.
         assert one.losses() == pytest.approx(uninterrupted.losses(), abs=2e-3 if "bf16" in name else 1e-4), name

@@ -3,6 +3,7 @@
 import gzip
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data_pipeline import jsonl
 from train import configure
 from train.run_dir import RunDir
+from train.tracking.captions import Caption
 from train.tracking.meter import Meter, Own
 from train.tracking.stopwatch import Laps
 from train.tracking.trackers import Trackers, Wandb
@@ -87,6 +89,34 @@ def test_utilisation_is_flops_by_time_and_peak_and_no_step_asks_the_device(alone
     assert (first["loss/train"], first["loss_by_source/pairs"], first["tokens_by_source/text"]) == (17 / 6, 2.0, 2)
     assert (first["health/forward_max_over_mean"], first["health/slowest_rank"], first["health/memory_gib"]) == (1.0, 0, 2.0)
     assert meter.flush() == []
+
+
+def test_captions_are_a_table_with_pictures_in_wandb_and_in_tensorboard(stage, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    made = stage(track={"tensorboard": True, "wandb": True})
+    run = RunDir(tmp_path / "run")
+    run.create()
+    trackers = Trackers(run, configure.load(made.config), {}, life=1, step=0)
+    pixels = np.full((3, 8, 8), 200, np.uint8)
+    for step, words in ((2, "a | b"), (4, "red apple")):
+        trackers.log(step, {"loss/train": 1.0})
+        trackers.show(step, [Caption("picture/test", "k1", "food fruit: red apple", words, pixels)])
+    trackers.close()
+
+    kept = jsonl.read(run.validation / "captions.jsonl")
+    assert [(line["step"], line["captions"][0]["generated"]) for line in kept] == [(2, "a | b"), (4, "red apple")]
+    events = EventAccumulator(str(run.tracking / "tensorboard"))
+    events.Reload()
+    texts = events.Tensors("validation/captions/picture/test/text_summary")
+    assert [e.step for e in texts] == [2, 4]
+    assert "| k1 | food fruit: red apple | a \\| b |" in texts[0].tensor_proto.string_val[0].decode()
+    assert [e.step for e in events.Images("validation/pictures/picture/test/k1")] == [2], "a picture once"
+    tables = sorted(run.tracking.glob("wandb/offline-run-*/files/media/table/validation/captions_*.table.json"))
+    assert len(tables) == 2
+    table = json.loads(tables[0].read_text())
+    assert table["columns"] == ["split", "key", "reference", "generated"]
+    assert [row[:3] for row in table["data"]] == [["picture/test", "k1", "food fruit: red apple"]]
+    assert len(list(run.tracking.glob("wandb/offline-run-*/files/media/images/validation/pictures_*.png"))) == 2
 
 
 def test_the_configured_steps_are_in_a_trace(whole):

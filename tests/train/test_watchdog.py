@@ -10,7 +10,7 @@ import pytest
 
 from data_pipeline.errors import EXIT_TRY_AGAIN
 from train.config import WatchdogConfig
-from train.launch import MUTE_S, _mute
+from train.launch import MUTE_S, Pulse
 from train.run_dir import RunDir, write_json
 from train.watchdog import TICK_S, Watchdog
 
@@ -78,9 +78,19 @@ def test_beats_keep_it_quiet_and_the_first_step_has_the_limit_of_the_start(run):
     assert run.stacks(0).read_text() == ""
 
 
-def test_a_heartbeat_that_stands_still_longer_than_any_limit_is_seen_from_outside(run):
-    limits, now = WatchdogConfig(start=10, data=10, forward=10, checkpoint=20), time.time()
-    for age, began, silent in ((0, now - 99, False), (MUTE_S + 21, now - 99, True), (MUTE_S + 21, now, False)):
-        write_json(run.heartbeat, {"step": 3, "phase": "data", "time": now - age})
-        assert bool(_mute(run, limits, began)) == silent
-    assert not _mute(run, WatchdogConfig(0, 0, 0, 0), now - 99), "0 = for ever"
+def test_a_heartbeat_that_stands_still_longer_than_any_limit_is_seen_from_outside_whatever_the_clock_does(run, monkeypatch):
+    ticks = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: ticks)
+    run.beat(9, "data")  # of a life before
+    pulse = Pulse(run, WatchdogConfig(start=10, data=10, forward=10, checkpoint=20))
+    for_ever = Pulse(run, WatchdogConfig(0, 0, 0, 0))
+    ticks += 1e6
+    assert not pulse.silent_s(), "this life has not beaten yet: the watchdogs have the limit of the start"
+    for clock in (time.time() + 1e5, time.time() - 1e5):
+        write_json(run.heartbeat, {"step": 3, "phase": "data", "time": clock})
+        assert not pulse.silent_s()
+        ticks += MUTE_S + 19
+        assert not pulse.silent_s()
+    ticks += 2
+    assert pulse.silent_s() == MUTE_S + 21
+    assert not for_ever.silent_s(), "0 = for ever"

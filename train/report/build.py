@@ -17,6 +17,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.inspect import charts
 from train.report.collect import Fate, Stage, Step, collect
 from train.report.held_out import gallery, rows, split_title, verdict
+from train.report.on_the_way import on_the_way
 from train.report.summary import ledger_counts, reason_of, split_names, summarise
 from train.run_dir import write_atomic
 
@@ -83,6 +84,7 @@ def render(title: str, stages: list[Stage], summary: dict[str, Any]) -> str:
         title=title,
         stages=stages,
         training=[_training(stage) for stage in stages],
+        on_the_way=[on_the_way(stage) for stage in stages],
         notes=STAGE_NOTES,
         fates=Fate,
         summary=summary,
@@ -149,7 +151,9 @@ def _marks(stage: Stage, last: int) -> list[tuple[float, str, str]]:
         step = life.resumed_from or 0
         if last:
             how = f"{before.fate.value} after step {before.last_step}"
-            marks.append((100 * min(1, step / last), "resume", f"life {before.number} {how}; life {life.number} went on from step {step}"))
+            back = "" if life.went_back_to is None else f" with the weights of step {life.went_back_to}"
+            words = f"life {before.number} {how}; life {life.number} went on from step {step}{back}"
+            marks.append((100 * min(1, step / last), "resume", words))
     skipped = 0.0
     for step in stage.steps:
         now = step.values.get("health/skipped_steps", 0.0)

@@ -49,6 +49,8 @@ class Life:
     end_noted: bool
     resumed_from: int | None
     """Step of the checkpoint that it went on from; nothing where it began at the beginning."""
+    went_back_to: int | None
+    """Step whose weights it had, where the guard gave up the steps after that (train/rollback.py)."""
     last_step: int
     """Last step that it reported."""
     fate: Fate
@@ -87,6 +89,10 @@ class Stage:
     evaluation: dict[str, Any] | None
     manifest: dict[str, Any] | None
     """Of the final weights; nothing where the run is not finished."""
+    captions: dict[int, list[dict[str, Any]]]
+    """By step, what was written about held-out pictures while the run trained."""
+    pictures: dict[str, Any]
+    """These pictures by key, as data URIs."""
     notes: list[str]
     """What could not be read."""
 
@@ -97,8 +103,9 @@ class Stage:
 
     @property
     def kept_seconds(self) -> float:
-        """Wall time of the steps that count."""
-        return sum(step.values.get("throughput/step_s", 0.0) for step in self.steps)
+        """Wall time of the steps whose weights were kept."""
+        undone = {n for life in self.lives if life.went_back_to is not None for n in range(life.went_back_to, life.resumed_from or 0)}
+        return sum(step.values.get("throughput/step_s", 0.0) for step in self.steps if step.number - 1 not in undone)
 
     @property
     def resumes(self) -> int:
@@ -155,6 +162,8 @@ def read_stage(run: RunDir, now: float) -> Stage:
         ledger=ledger,
         evaluation=evaluation,
         manifest=manifest,
+        captions=_captions(run.validation / "captions.jsonl", lives, notes),
+        pictures=_json(run.validation / "pictures.json", notes) or {},
         notes=notes,
     )
 
@@ -164,11 +173,20 @@ def _steps(lines: list[dict[str, Any]], lives: list[Life]) -> list[Step]:
     kept: dict[int, Step] = {}
     for line in lines:
         number, life = int(line["step"]), int(line.get("life", 1))
-        undone = any(later.number > life and (later.resumed_from or 0) < number for later in lives)
-        if not undone and (number not in kept or kept[number].life <= life):
+        if not _undone(number, life, lives) and (number not in kept or kept[number].life <= life):
             values = {k: float(v) for k, v in line.items() if isinstance(v, int | float) and math.isfinite(v)}
             kept[number] = Step(number, life, values)
     return [kept[number] for number in sorted(kept)]
+
+
+def _undone(step: int, life: int, lives: list[Life]) -> bool:
+    """Whether a later life went back to before what this life did in a step."""
+    return any(later.number > life and (later.resumed_from or 0) < step for later in lives)
+
+
+def _captions(file: Path, lives: list[Life], notes: list[str]) -> dict[int, list[dict[str, Any]]]:
+    lines = [line for line in _json_lines(file, notes) if "step" in line and isinstance(line.get("captions"), list)]
+    return {int(line["step"]): line["captions"] for line in lines if not _undone(int(line["step"]), int(line.get("life", 1)), lives)}
 
 
 def _lives(run: RunDir, lines: list[dict[str, Any]], now: float, notes: list[str]) -> list[Life]:
@@ -204,6 +222,7 @@ def _lives(run: RunDir, lines: list[dict[str, Any]], now: float, notes: list[str
                 ended,
                 bool(end),
                 resumed_from,
+                start.get("went_back_to"),
                 max(reported),
                 fate,
                 reason,

@@ -3,6 +3,7 @@
 Invariant: `flush` is a collective; all ranks call it at the same steps. Only rank 0 writes.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from train.config import Config
 from train.ranks import Ranks
 from train.run_dir import RunDir
+from train.tracking.captions import Caption
 from train.tracking.meter import Meter, Own
 from train.tracking.terminal import Terminal
 from train.tracking.trackers import Metrics, Trackers
@@ -32,6 +34,11 @@ class Reporter:
     def add(self, step: int, by_source: list[tuple[Tensor, Tensor]], host: Metrics, own: Own) -> None:
         """Notes a step, without waiting for the device; arguments as those of `Meter.add`."""
         self._meter.add(step, by_source, host, own)
+
+    def show(self, step: int, captions: Sequence[Caption]) -> None:
+        """Shows what was written about held-out pictures after a step."""
+        if self._trackers is not None and captions:
+            self._trackers.show(step, captions)
 
     def flush(self) -> None:
         """Sums the noted steps over the ranks and shows them."""

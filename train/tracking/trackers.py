@@ -9,12 +9,14 @@ import math
 import os
 import time
 import uuid
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from data_pipeline import jsonl
 from train.config import Config
 from train.run_dir import RunDir, write_atomic
+from train.tracking.captions import Caption, keep
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,9 @@ class Tracker(Protocol):
     def log(self, step: int, metrics: Metrics) -> None:
         """Shows the metrics of a step."""
 
+    def show(self, step: int, captions: Sequence[Caption]) -> None:
+        """Shows what was written about held-out pictures."""
+
     def close(self) -> None:
         """Flushes."""
 
@@ -35,12 +40,16 @@ class JsonLines:
     """`metrics.jsonl`: one line a step."""
 
     def __init__(self, run: RunDir, life: int) -> None:
-        self._path, self._life = run.metrics, life
+        self._run, self._path, self._life = run, run.metrics, life
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Appends the step; a number that JSON does not know becomes null."""
         known = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         jsonl.append(self._path, [{"step": step, "life": self._life, "time": time.time(), **known}])
+
+    def show(self, step: int, captions: Sequence[Caption]) -> None:
+        """Keeps them in `validation/`, for the report."""
+        keep(self._run, step, self._life, captions)
 
     def close(self) -> None:
         """Nothing is held back."""
@@ -54,11 +63,25 @@ class TensorBoard:
 
         # purge_step hides what an earlier life wrote past its checkpoint.
         self._writer = SummaryWriter(str(run.tracking / "tensorboard"), purge_step=step)
+        self._shown: set[str] = set()
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Adds a point to each curve."""
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+        """Adds a point to each curve, all in one event: forty calls of `add_scalar` would cost milliseconds."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._writer.file_writer.add_summary(Summary(value=values), step)
+
+    def show(self, step: int, captions: Sequence[Caption]) -> None:
+        """A table a split in the tab of texts; each picture once a life in that of images, under its key."""
+        for split in dict.fromkeys(c.split for c in captions):
+            rows = [(c.key, c.reference, c.generated) for c in captions if c.split == split]
+            lines = ["| " + " | ".join(_cell(text) for text in row) + " |" for row in (("key", "reference", "generated"), *rows)]
+            self._writer.add_text(f"validation/captions/{split}", "\n".join([lines[0], "|---|---|---|", *lines[1:]]), step)
+        for c in captions:
+            if c.key not in self._shown:
+                self._writer.add_image(f"validation/pictures/{c.split}/{c.key}", c.pixels, step)
+                self._shown.add(c.key)
 
     def close(self) -> None:
         """Writes what is held back."""
@@ -93,6 +116,15 @@ class Wandb:
         """Sends the step."""
         self._run.log({"step": step, **metrics})
 
+    def show(self, step: int, captions: Sequence[Caption]) -> None:
+        """Sends a table of the words, and the pictures above theirs: pictures within a table would leave the run directory."""
+        import wandb
+
+        rows = [[c.split, c.key, c.reference, c.generated] for c in captions]
+        table = wandb.Table(columns=["split", "key", "reference", "generated"], data=rows)
+        pictures = [wandb.Image(c.pixels.transpose(1, 2, 0), caption=f"{c.reference}: {c.generated}") for c in captions]
+        self._run.log({"step": step, "validation/captions": table, "validation/pictures": pictures})
+
     def close(self) -> None:
         """Ends this life's part of the run."""
         self._run.finish()
@@ -117,9 +149,17 @@ class Trackers:
     def log(self, step: int, metrics: Metrics) -> None:
         """Writes one step everywhere."""
         self._lines.log(step, metrics)
+        self._tell(step, lambda tracker: tracker.log(step, metrics))
+
+    def show(self, step: int, captions: Sequence[Caption]) -> None:
+        """Shows captions everywhere."""
+        self._lines.show(step, captions)
+        self._tell(step, lambda tracker: tracker.show(step, captions))
+
+    def _tell(self, step: int, what: Callable[[Tracker], None]) -> None:
         for tracker in list(self._others):
             try:
-                tracker.log(step, metrics)
+                what(tracker)
             except Exception as error:  # noqa: BLE001  as above
                 log.warning("tracker off after step %d: %s", step, error)
                 self._others.remove(tracker)
@@ -131,6 +171,11 @@ class Trackers:
                 tracker.close()
             except Exception as error:  # noqa: BLE001  as above
                 log.warning("tracker did not close: %s", error)
+
+
+def _cell(text: str) -> str:
+    """Text that stays within a cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _logged_in() -> bool:
