@@ -65,6 +65,8 @@ def prepare_deepspeed() -> None:
     if torch.cuda.is_available():
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # a CUDA compiler without a GPU must not be taken for a GPU
+    # Another version of ninja takes what this environment's built for out of date, and builds it anew; so does ours what that one built.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default_extensions_dir())))
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "prepare.lock").open("w") as lock:
