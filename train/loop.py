@@ -19,6 +19,7 @@ from data_pipeline.plan.origin import Cursor, Origin
 from data_pipeline.read import budget
 from data_pipeline.read.killers import Killers, read_killers
 from data_pipeline.read.ledger import Ledger, copy_index_damage
+from data_pipeline.samples import Kind
 from train import checkpoint, configure, optim
 from train.checkpoint import TrainState
 from train.config import Config
@@ -30,6 +31,7 @@ from train.model.xcomposer2 import XComposer2
 from train.objective import losses_by_source
 from train.profiling import Profiling
 from train.ranks import Ranks
+from train.rehearsal import heaviest_batch, rehearse
 from train.run_dir import RunDir
 from train.signals import SaveRequest, StopRequest
 from train.tracking.figures import Figures
@@ -105,6 +107,9 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
             cost=asdict(cost_model(config)),
         )
         reporter.begin(life, state.step, configure.as_dict(config), [optim.table(trained, frozen, config.train.lr), about, *change])
+
+    with_images = any(source.kind is not Kind.text for source in data.sources)
+    rehearse(engine, heaviest_batch(config.data, with_images), device.torch_device)
 
     loader = Loader(
         config.data,

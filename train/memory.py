@@ -4,12 +4,13 @@ Invariant: everything is computed from shapes and `requires_grad`, so that a mod
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from data_pipeline.errors import UserError
 from train.config import Checkpointing, Config, LowRankMode
 from train.flops import Shape
 from train.model.decoder import CHUNK_LOGITS, Layer
@@ -35,7 +36,9 @@ class Memory:
     optimizer: int
     """Moments and, where weights are no fp32 or are partitioned, their fp32 masters."""
     buffers: int
-    """What communication needs besides."""
+    """What the reduction of gradients needs besides; ZeRO-3 alone keeps it when the backward pass is over."""
+    gathered: int
+    """ZeRO-3: the weights of the largest block, whole while it runs."""
     activations: int
     """Kept for the backward pass of the heaviest micro-batch, with what its largest block needs while it runs."""
     host: int
@@ -46,33 +49,48 @@ class Memory:
         return sum(getattr(self, f.name) for f in fields(self)) - self.host
 
 
+def require_trainable(stage: int, dtype: torch.dtype) -> None:
+    """DeepSpeed without ZeRO knows no fp32 gradients of a bf16 model.
+
+    Raises:
+        UserError: that was asked for.
+    """
+    if stage == 0 and dtype is torch.bfloat16:
+        raise UserError(
+            "deepspeed.stage is 0, which would sum the gradients of bf16 weights in bf16 (use deepspeed.stage=1, or train.precision=fp32)"
+        )
+
+
 def states(model: nn.Module, config: Config, world: int, dtype: torch.dtype) -> Memory:
-    """Weights, gradients and optimizer state as DeepSpeed holds them between a backward pass and the step; no activations."""
+    """Weights, gradients and optimizer state as DeepSpeed holds them between a backward pass and the step; no activations.
+
+    Raises:
+        UserError: see `require_trainable`.
+    """
     stage, size = config.deepspeed.stage, dtype.itemsize
     zero: dict[str, Any] = config.deepspeed.extra.get("zero_optimization", {})
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     whole = sum(p.numel() for p in parameters)
     part = -(-trained // world)
+    require_trainable(stage, dtype)
     if stage == 0:
-        if dtype is torch.float32:
-            return Memory(size * whole, FP32 * trained, 2 * FP32 * trained, 0, 0, 0)
-        return Memory(size * whole, FP32 * trained, 3 * FP32 * part, 0, 0, 0)
+        return Memory(size * whole, FP32 * trained, 2 * FP32 * trained, 0, 0, 0, 0)
     bucket = size * min(trained, int(zero.get("reduce_bucket_size", REDUCE_BUCKET)))
-    optimizer, gradients, weights, host = 3 * FP32 * part, FP32 * part, size * whole, 0
+    optimizer, gradients, weights, gathered, host = 3 * FP32 * part, FP32 * part, size * whole, 0, 0
     if stage == 3:
         small = sum(p.numel() for p in parameters if p.numel() < int(zero.get("stage3_param_persistence_threshold", PERSISTENT)))
         weights = size * (-(-whole // world) + small)
         largest = max((sum(p.numel() for p in block.parameters()) for block in _gathered_together(model)), default=0)
-        bucket += size * min(largest, int(zero.get("stage3_max_live_parameters", GATHERED)))
+        gathered = size * min(largest, int(zero.get("stage3_max_live_parameters", GATHERED)))
         if _offloaded(zero, "offload_param"):
             weights, host = size * small, size * -(-whole // world)
-    if stage == 1:
-        gradients = FP32 * trained
+    if stage == 1:  # whole, and in bf16 as the backward pass gave them beside their fp32 sums
+        gradients = (FP32 + (size if dtype is torch.bfloat16 else 0)) * trained
     if _offloaded(zero, "offload_optimizer"):
         host += optimizer + gradients
         optimizer = gradients = 0
-    return Memory(weights, gradients, optimizer, bucket, 0, host)
+    return Memory(weights, gradients, optimizer, bucket, gathered, 0, host)
 
 
 def activations(model: XComposer2, shape: Shape, checkpointing: Checkpointing, dtype: torch.dtype) -> int:
@@ -103,10 +121,7 @@ def activations(model: XComposer2, shape: Shape, checkpointing: Checkpointing, d
 
 def of_run(model: XComposer2, config: Config, world: int, dtype: torch.dtype, shape: Shape) -> Memory:
     """Everything that a rank needs for a micro-batch of this shape."""
-    held = states(model, config, world, dtype)
-    return Memory(
-        held.weights, held.gradients, held.optimizer, held.buffers, activations(model, shape, config.train.checkpointing, dtype), held.host
-    )
+    return replace(states(model, config, world, dtype), activations=activations(model, shape, config.train.checkpointing, dtype))
 
 
 def _decoder_layer(layer: Layer, shape: Shape, mode: str) -> int:
@@ -125,7 +140,7 @@ def _decoder_layer(layer: Layer, shape: Shape, mode: str) -> int:
     qkv = attention.wqkv.weight.shape[0]
     trained = linears[0].weight.requires_grad
     norms = 2 * T * D * (1 + layer.ffn_norm.weight.requires_grad + trained)
-    return norms + T * (qkv + width + 3 * F + (F if trained else 0)) + low_rank
+    return norms + T * (qkv + width + 2 * F + (F if trained else 0)) + low_rank
 
 
 def _vision_block(model: XComposer2, block: nn.Module, shape: Shape, mode: str) -> int:
