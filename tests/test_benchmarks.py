@@ -29,6 +29,22 @@ def test_the_loader_benchmark_ends_with_its_figures_and_leaves_nothing_behind(tm
     assert not list(tmp_path.iterdir())
 
 
+def test_the_step_benchmark_compares_equal_losses_and_ends_with_its_figures(tmp_path):
+    """It ends early where ours and the ordinary way disagree about the loss, also with a factor of the ordinary way taken out."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "step.py"), "--quick", "--rounds", "1"]
+    done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for factor in ("padding", "mask", "logits", "attention"):
+        assert f"factor of its {factor}" in done.stdout
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["name"] == "step"
+    asked = {"speedup_bf16", "speedup_fp32", "memory_ratio", "gemm_share_fp32", "plora_overhead", "flat_32k"}
+    assert asked <= {name for name, value in result["figures"].items() if isinstance(value, float)}
+    amx = result["versions"]["amx"]
+    assert amx or "gemm_share_bf16 does not apply: the processor has no AMX" in done.stdout
+    assert isinstance(result["figures"]["gemm_share_bf16"], float) == amx
+
+
 NO_PEERS = "import loader; from pathlib import Path; loader.PEERS_PYTHON = Path('/nonexistent'); loader.main()"
 
 

@@ -21,7 +21,7 @@ from data_pipeline.batch import PackedBatch
 from data_pipeline.errors import UserError
 from train.config import Config, DeepSpeedConfig, OffloadTo
 from train.configure import data_parallel
-from train.memory import REDUCE_BUCKET
+from train.memory import REDUCE_BUCKET, require_trainable
 from train.model.xcomposer2 import Losses
 from train.objective import scaled_loss
 from train.optim import set_lr
@@ -113,6 +113,7 @@ class Engine:
         `universal`: the checkpoint that will be loaded is a converted one (train/reshape.py).
         """
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        require_trainable(config.deepspeed.stage, dtype)
         micro_steps = -(-config.data.global_batch // (data_parallel(config, ranks.world) * config.data.micro_packs))
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         settings = engine_json(config, ranks.world, micro_steps, dtype, trainable)
@@ -158,6 +159,13 @@ class Engine:
         self._engine.backward(loss if factor is None else loss * factor, scale_wrt_gas=False)
         if not last:
             self._engine.step()  # moves nothing yet: this is how the engine counts micro-batches
+
+    def rehearse(self, batch: PackedBatch) -> None:
+        """Runs a micro-batch forward and backward, the exchange between ranks too, before a step: to its gradient it adds zero."""
+        self._engine.set_gradient_accumulation_boundary(True)
+        with torch.random.fork_rng([batch.images.device] if batch.images.is_cuda else []):
+            self._engine.backward(self._engine(batch).loss_sum * 0.0, scale_wrt_gas=False)
+        self._engine._is_gradient_accumulation_boundary = None  # DeepSpeed counts micro-batches again; it has no call for that
 
     def step(self, lr: float) -> int:
         """Moves the weights; returns 1 where weights and optimizer were left alone because a gradient was not finite, else 0."""

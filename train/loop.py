@@ -20,6 +20,7 @@ from data_pipeline.plan.origin import Cursor, Origin
 from data_pipeline.read import budget
 from data_pipeline.read.killers import Killers, read_killers
 from data_pipeline.read.ledger import Ledger, copy_index_damage
+from data_pipeline.samples import Kind
 from train import checkpoint, configure, optim, reshape
 from train.checkpoint import TrainState
 from train.config import Config, GuardThen
@@ -31,6 +32,7 @@ from train.model.xcomposer2 import XComposer2
 from train.objective import losses_by_source
 from train.profiling import Profiling
 from train.ranks import Ranks, SequenceGroup
+from train.rehearsal import heaviest_batch, rehearse
 from train.rollback import WENT_BACK_TO, roll_back
 from train.run_dir import RunDir
 from train.signals import SaveRequest, StopRequest
@@ -113,6 +115,10 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
             went_back_to=state.guard.get(WENT_BACK_TO),
         )
         reporter.begin(life, state.step, configure.as_dict(config), [optim.table(trained, frozen, config.train.lr), about, *change])
+
+    with_images = any(source.kind is not Kind.text for source in data.sources)
+    heaviest = part_of(heaviest_batch(config.data, with_images), group.rank, group.size, config.data.images.tokens)
+    rehearse(engine, heaviest, device.torch_device)
 
     loader = Loader(
         config.data,

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from data_pipeline.batch import PackedBatch
+from data_pipeline.errors import UserError
 from data_pipeline.part import part_of
 from train.config import Checkpointing, Config, LowRankMode
 from train.flops import Shape
@@ -37,7 +38,9 @@ class Memory:
     optimizer: int
     """Moments and, where weights are no fp32 or are partitioned, their fp32 masters."""
     buffers: int
-    """What communication needs besides."""
+    """What the reduction of gradients needs besides; ZeRO-3 alone keeps it when the backward pass is over."""
+    gathered: int
+    """ZeRO-3: the weights of the largest block, whole while it runs."""
     activations: int
     """Kept for the backward pass of the heaviest micro-batch, with what its largest block needs while it runs."""
     host: int
@@ -48,33 +51,48 @@ class Memory:
         return sum(getattr(self, f.name) for f in fields(self)) - self.host
 
 
+def require_trainable(stage: int, dtype: torch.dtype) -> None:
+    """DeepSpeed without ZeRO knows no fp32 gradients of a bf16 model.
+
+    Raises:
+        UserError: that was asked for.
+    """
+    if stage == 0 and dtype is torch.bfloat16:
+        raise UserError(
+            "deepspeed.stage is 0, which would sum the gradients of bf16 weights in bf16 (use deepspeed.stage=1, or train.precision=fp32)"
+        )
+
+
 def states(model: nn.Module, config: Config, world: int, dtype: torch.dtype) -> Memory:
-    """Weights, gradients and optimizer state as DeepSpeed holds them between a backward pass and the step; no activations."""
+    """Weights, gradients and optimizer state as DeepSpeed holds them between a backward pass and the step; no activations.
+
+    Raises:
+        UserError: see `require_trainable`.
+    """
     stage, size = config.deepspeed.stage, dtype.itemsize
     zero: dict[str, Any] = config.deepspeed.extra.get("zero_optimization", {})
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     whole = sum(p.numel() for p in parameters)
     part = -(-trained // world)
+    require_trainable(stage, dtype)
     if stage == 0:
-        if dtype is torch.float32:
-            return Memory(size * whole, FP32 * trained, 2 * FP32 * trained, 0, 0, 0)
-        return Memory(size * whole, FP32 * trained, 3 * FP32 * part, 0, 0, 0)
+        return Memory(size * whole, FP32 * trained, 2 * FP32 * trained, 0, 0, 0, 0)
     bucket = size * min(trained, int(zero.get("reduce_bucket_size", REDUCE_BUCKET)))
-    optimizer, gradients, weights, host = 3 * FP32 * part, FP32 * part, size * whole, 0
+    optimizer, gradients, weights, gathered, host = 3 * FP32 * part, FP32 * part, size * whole, 0, 0
     if stage == 3:
         small = sum(p.numel() for p in parameters if p.numel() < int(zero.get("stage3_param_persistence_threshold", PERSISTENT)))
         weights = size * (-(-whole // world) + small)
         largest = max((sum(p.numel() for p in block.parameters()) for block in _gathered_together(model)), default=0)
-        bucket += size * min(largest, int(zero.get("stage3_max_live_parameters", GATHERED)))
+        gathered = size * min(largest, int(zero.get("stage3_max_live_parameters", GATHERED)))
         if _offloaded(zero, "offload_param"):
             weights, host = size * small, size * -(-whole // world)
-    if stage == 1:
-        gradients = FP32 * trained
+    if stage == 1:  # whole, and in bf16 as the backward pass gave them beside their fp32 sums
+        gradients = (FP32 + (size if dtype is torch.bfloat16 else 0)) * trained
     if _offloaded(zero, "offload_optimizer"):
         host += optimizer + gradients
         optimizer = gradients = 0
-    return Memory(weights, gradients, optimizer, bucket, 0, host)
+    return Memory(weights, gradients, optimizer, bucket, gathered, 0, host)
 
 
 def activations(model: XComposer2, shape: Shape, checkpointing: Checkpointing, dtype: torch.dtype) -> int:
@@ -128,7 +146,7 @@ def _decoder_layer(layer: Layer, shape: Shape, mode: str) -> int:
     trained = linears[0].weight.requires_grad
     norms = 2 * T * D * (1 + layer.ffn_norm.weight.requires_grad + trained)
     exchanged = width if shape.shared_by > 1 and trained else 0  # what wo reads is then another tensor than what attention made
-    return norms + T * (qkv + width + exchanged + 3 * F + (F if trained else 0)) + low_rank
+    return norms + T * (qkv + width + exchanged + 2 * F + (F if trained else 0)) + low_rank
 
 
 def _vision_block(model: XComposer2, block: nn.Module, shape: Shape, mode: str) -> int:

@@ -1,13 +1,19 @@
-"""The heaviest micro-batch that the budgets allow: what memory must hold.
+"""The heaviest micro-batch that the budgets allow, and its run before the first step of a life: out of memory shows in the first minute.
 
 Invariant: no real micro-batch has more tokens or more images; one with more targets has fewer images, and the head takes them in
-chunks.
+chunks. Its run leaves nothing behind: its gradient is zero, and no weight, no optimizer state and no random number moves.
 """
+
+from typing import TYPE_CHECKING
 
 import torch
 
 from data_pipeline.batch import IGNORE, L_BUCKET, PADDING_SOURCE, T_BUCKET, PackedBatch
 from data_pipeline.config import DataConfig
+from data_pipeline.errors import UserError
+
+if TYPE_CHECKING:  # planning a run needs the batch, and no DeepSpeed
+    from train.engine import Engine
 
 
 def heaviest_batch(config: DataConfig, with_images: bool) -> PackedBatch:
@@ -44,3 +50,22 @@ def heaviest_batch(config: DataConfig, with_images: bool) -> PackedBatch:
         image_count=packs * images,
         image_lengths=(each,) * max(1, packs * images),
     )
+
+
+def rehearse(engine: "Engine", batch: PackedBatch, device: torch.device) -> None:
+    """Runs the batch forward and backward for nothing. All ranks call it, in every life: world size, GPU and settings may be others.
+
+    Raises:
+        UserError: memory does not hold it.
+    """
+    try:
+        engine.rehearse(batch.to(device))
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in said):  # what CPUs say, without a type
+            raise
+        raise UserError(
+            f"out of memory on the heaviest pack that the budgets allow ({sum(batch.segment_lengths):,} tokens, {batch.image_count} "
+            f"images): {said} (try train.checkpointing.kind=full, a higher deepspeed.stage, or a smaller data.context, "
+            f"data.images_per_pack or data.micro_packs; xc-train plan shows what takes how much)"
+        ) from None

@@ -1,5 +1,6 @@
 """The shipped configurations are the published models, to the last parameter, and say what is theirs to fill."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ BASE_7B, PLORA_7B, VIT_490, PROJECTOR_7B = 7_737_708_544, 603_979_776, 304_169_9
 VIT_224 = VIT_490 - (35**2 - 16**2) * 1024
 BASE_1_8B = 2 * 92544 * 2048 + 24 * (2 * 2048 * 2048 + 2 * 2048 * 1024 + 3 * 2048 * 8192 + 2 * 2048) + 2048
 PLORA_1_8B = 24 * 256 * ((2048 + 4096) + (2048 + 2048) + 3 * (2048 + 8192))
+VIT_336 = VIT_490 - (35**2 - 24**2) * 1024
+PLORA_KHD = PLORA_7B - 32 * (256 - 8) * (4096 + 6144)
+PROJECTOR_KHD = 2 * (4096 * 4096 + 4096) + 2 * 4096
 PROJECTOR_1_8B = 1024 * 2048 + 2048 + 2048 * 2048 + 2048
 
 
@@ -24,6 +28,7 @@ PROJECTOR_1_8B = 1024 * 2048 + 2048 + 2048 * 2048 + 2048
         ("sft_7b", (BASE_7B, PLORA_7B, VIT_490, PROJECTOR_7B), None),
         ("long_7b", (BASE_7B, PLORA_7B, VIT_490, PROJECTOR_7B), None),
         ("compose_7b", (BASE_7B, PLORA_7B, VIT_224, PROJECTOR_7B), None),
+        ("khd_7b", (BASE_7B, PLORA_KHD, VIT_336, PROJECTOR_KHD), PLORA_KHD + VIT_336 + PROJECTOR_KHD),
         ("pretrain_1_8b", (BASE_1_8B, PLORA_1_8B, VIT_490, PROJECTOR_1_8B), PLORA_1_8B + VIT_490 + PROJECTOR_1_8B),
     ],
 )
@@ -54,7 +59,16 @@ def test_a_language_model_is_trained_at_a_fifth_of_the_rate_in_sft():
     assert scale["vision.vit.blocks.23.mlp.fc1.weight"] == pytest.approx(0.9)
 
 
-@pytest.mark.parametrize("name", ["pretrain_7b", "sft_7b", "long_7b", "compose_7b", "pretrain_1_8b"])
+@pytest.mark.parametrize("name", ["pretrain_7b", "sft_7b", "long_7b", "compose_7b", "khd_7b"])
+def test_the_fullest_pack_of_a_7b_leaves_the_allocator_a_tenth_of_80_gib(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(CONFIGS / f"{name}.yaml"), "--gpus", "64"])
+    assert ended.value.code == 0
+    planned = re.search(r"memory +([\d.]+) GiB of 80 a GPU, .*: fits", capsys.readouterr().out)
+    assert planned and float(planned[1]) < 72
+
+
+@pytest.mark.parametrize("name", ["pretrain_7b", "sft_7b", "long_7b", "compose_7b", "khd_7b", "pretrain_1_8b"])
 def test_a_folder_that_is_yours_to_fill_is_named(name, tmp_path, capfd):
     config = str(CONFIGS / f"{name}.yaml")
     for override, says in (((), "weights/internlm2-chat-"), ((f"data.tokenizer={CONFIGS.parent}/examples/demo/tokenizer",), "data/")):

@@ -5,7 +5,7 @@ Invariant: with PLoRA's contribution left out this is InternLM2 as published, so
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -99,6 +99,22 @@ class Attention(nn.Module):
         return self.wo(to_tokens(out_TNH, segments.group).flatten(1), image_index_V)
 
 
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * value, which keeps gate and value alone: silu(gate) is computed again. Bitwise what autograd would do."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_TF: Tensor, value_TF: Tensor) -> Tensor:
+        """[T, F]."""
+        ctx.save_for_backward(gate_TF, value_TF)
+        return F.silu(gate_TF).mul_(value_TF)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TF: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Of gate and value."""
+        gate_TF, value_TF = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad_TF * value_TF, gate_TF), F.silu(gate_TF).mul_(grad_TF)
+
+
 class FeedForward(nn.Module):
     """SwiGLU: `w2(silu(w1 x) * w3 x)`."""
 
@@ -113,7 +129,7 @@ class FeedForward(nn.Module):
         image_rows_VD = x_TD.index_select(0, image_index_V) if self.w1.mode is LowRankMode.plora else None
         gate = self.w1(x_TD, image_index_V, image_rows_VD)
         value = self.w3(x_TD, image_index_V, image_rows_VD)
-        return self.w2(F.silu(gate) * value, image_index_V)
+        return self.w2(_SwiGLU.apply(gate, value), image_index_V)
 
 
 class Layer(nn.Module):

@@ -4,12 +4,34 @@ Invariant: at positions that are not in `image_index` the output is that of the 
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.config import LowRankMode, PLoRAConfig
+
+
+class _AddRows(torch.autograd.Function):
+    """`y.index_add_(0, index, rows, alpha=scale)`, bitwise. torch's own keeps `rows` for a backward pass that needs their shape alone:
+    in the 7B's pretraining those of all linears are 10 GiB.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y_TD: Tensor, index_V: Tensor, rows_VD: Tensor, scale: float) -> Tensor:
+        """`y_TD`, changed in place."""
+        ctx.mark_dirty(y_TD)
+        ctx.save_for_backward(index_V)
+        ctx.scale = scale
+        return y_TD.index_add_(0, index_V, rows_VD, alpha=scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, Tensor, None]:  # type: ignore[override]
+        """Of `y_TD` and `rows_VD`."""
+        (index_V,) = ctx.saved_tensors
+        rows_VD = grad_TD.index_select(0, index_V)
+        return grad_TD, None, rows_VD if ctx.scale == 1 else rows_VD.mul_(ctx.scale), None
 
 
 class PLoRALinear(nn.Module):
@@ -47,7 +69,7 @@ class PLoRALinear(nn.Module):
             image_rows_VD = x_TD.index_select(0, image_index_V)
         delta_VD = self._low_rank(image_rows_VD)
         # In place: W's product is not needed for any gradient. index_add and not a mask: no dense second product, no host sync.
-        return F.linear(x_TD, self.weight).index_add_(0, image_index_V, delta_VD, alpha=self.scale)
+        return _AddRows.apply(F.linear(x_TD, self.weight), image_index_V, delta_VD, self.scale)
 
     def _low_rank(self, rows: Tensor) -> Tensor:
         return F.linear(F.linear(F.dropout(rows, self.dropout, self.training), self.plora_a), self.plora_b)
