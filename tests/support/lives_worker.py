@@ -24,14 +24,14 @@ SAID = "said.txt"
 
 
 def with_nan_gradients(steps: list[int], micro_steps: int):
-    """`build_model`, of a model in whose first trained weight the gradient of these steps is NaN."""
+    """`build_model`, of a model in whose first trained weight the gradient of these steps is NaN; the first pass is the rehearsal's."""
     build = loop.build_model
 
     def broken(*arguments):
         model, calls = build(*arguments), []
         model.register_forward_pre_hook(lambda *_: calls.append(None))
         weight = model.projector.get_parameter(next(name for name, _ in model.projector.named_parameters()))
-        weight.register_hook(lambda grad: grad * torch.nan if (len(calls) - 1) // micro_steps + 1 in steps else grad)
+        weight.register_hook(lambda grad: grad * torch.nan if (len(calls) - 2) // micro_steps + 1 in steps else grad)
         return model
 
     return broken
