@@ -50,3 +50,17 @@ NO_PEERS = "import loader; from pathlib import Path; loader.PEERS_PYTHON = Path(
 
 def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, "TMPDIR": str(folder)}
+
+
+def test_the_trainer_benchmark_ends_with_its_figures_and_leaves_nothing_behind(tmp_path):
+    """One round of everything, at the demo's size."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "trainer.py"), "--quick", "--rounds", "1"]
+    done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["name"] == "trainer"
+    figures = result["figures"]
+    assert figures.keys() == {"overhead_mid", "overhead_demo_ms", "checkpoint_stall_share", "spread"}
+    assert all(least <= figures[name] <= most for name, (least, most) in figures["spread"].items())
+    assert {"torch", "deepspeed", "load"} <= result["versions"].keys()
+    assert not list(tmp_path.iterdir())
