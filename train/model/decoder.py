@@ -17,7 +17,7 @@ from data_pipeline.errors import UserError
 from train.config import DecoderConfig, LowRankMode, PLoRAConfig, RopeKind
 from train.model.attention import Segments, varlen_attention
 from train.model.exchange import to_heads, to_tokens
-from train.model.plora import PLoRALinear
+from train.model.plora import PLoRALinear, take_rows
 
 CHUNK_LOGITS = 1 << 26
 """Logits that the head holds at once: 256 MiB in fp32."""
@@ -126,7 +126,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_TD: Tensor, image_index_V: Tensor) -> Tensor:
         """[T, D]."""
-        image_rows_VD = x_TD.index_select(0, image_index_V) if self.w1.mode is LowRankMode.plora else None
+        x_TD, image_rows_VD = take_rows(x_TD, image_index_V) if self.w1.mode is LowRankMode.plora else (x_TD, None)
         gate = self.w1(x_TD, image_index_V, image_rows_VD)
         value = self.w3(x_TD, image_index_V, image_rows_VD)
         return self.w2(_SwiGLU.apply(gate, value), image_index_V)

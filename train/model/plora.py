@@ -13,6 +13,29 @@ from torch import Tensor, nn
 from train.config import LowRankMode, PLoRAConfig
 
 
+class _TakeRows(torch.autograd.Function):
+    """`x` and `x[index]`, whose gradient is added into that of `x` in place: torch alone would add up two of x's size.
+
+    `x` may go into linears only: their gradient is new memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, index_V: Tensor) -> tuple[Tensor, Tensor]:
+        """`x_TD` itself, and its rows."""
+        ctx.save_for_backward(index_V)
+        return x_TD.view_as(x_TD), x_TD.index_select(0, index_V)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor, rows_VD: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Of `x_TD`."""
+        return grad_TD.index_add_(0, ctx.saved_tensors[0], rows_VD), None
+
+
+def take_rows(x_TD: Tensor, index_V: Tensor) -> tuple[Tensor, Tensor]:
+    """`x_TD` and its image rows, both for `PLoRALinear.forward`: linears that read the same x share one gather."""
+    return _TakeRows.apply(x_TD, index_V)
+
+
 class _AddRows(torch.autograd.Function):
     """`y.index_add_(0, index, rows, alpha=scale)`, bitwise. torch's own keeps `rows` for a backward pass that needs their shape alone:
     in the 7B's pretraining those of all linears are 10 GiB.
@@ -60,13 +83,13 @@ class PLoRALinear(nn.Module):
         return PLoRALinear(in_features, out_features, own.rank, own.alpha, config.dropout, config.mode)
 
     def forward(self, x_TD: Tensor, image_index_V: Tensor, image_rows_VD: Tensor | None = None) -> Tensor:
-        """[T, out]. `image_rows_VD` is `x_TD[image_index_V]` where the caller shares it between linears that read the same x."""
+        """[T, out]. `x_TD` and `image_rows_VD` are those of `take_rows` where the caller shares it between linears that read the same x."""
         if self.mode is LowRankMode.none:
             return F.linear(x_TD, self.weight)
         if self.mode is LowRankMode.lora:
             return F.linear(x_TD, self.weight).add_(self._low_rank(x_TD), alpha=self.scale)
         if image_rows_VD is None:
-            image_rows_VD = x_TD.index_select(0, image_index_V)
+            x_TD, image_rows_VD = take_rows(x_TD, image_index_V)
         delta_VD = self._low_rank(image_rows_VD)
         # In place: W's product is not needed for any gradient. index_add and not a mask: no dense second product, no host sync.
         return _AddRows.apply(F.linear(x_TD, self.weight), image_index_V, delta_VD, self.scale)
