@@ -17,7 +17,7 @@ COMMENT = "xc-slurm "
 ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT")
 
 WAITS = {
-    "BeginTime": "the site's pause after a requeue",
+    "BeginTime": "not before a set time, as after a requeue",
     "Dependency": "for the stage before",
     "JobHeld": "held (scontrol release goes on)",
     "Priority": "others come first",

@@ -133,3 +133,14 @@ def test_a_run_directory_of_another_config_is_refused(cluster, slurm_stage, tmp_
     refused = stage.command("submit", str(stage.config), "train.lr=0.5")
     assert refused.returncode == EXIT_USER
     assert "train.lr differs" in refused.stderr
+
+
+def test_status_says_why_a_job_waits_and_until_when_and_stop_takes_it_out_of_the_queue(cluster, slurm_stage):
+    stage = slurm_stage(environment=cluster.environment, slurm={"sbatch": ["--begin=now+3600"]})
+    job = stage.submit()
+    stage.wait(lambda: "BeginTime" in stage.command("status", str(stage.path)).stdout, 30, "the reason", every=1)
+    shown = stage.command("status", str(stage.path)).stdout
+    assert f"{job} PENDING" in shown
+    assert "waits      BeginTime, not before a set time, as after a requeue, expected to start at 20" in shown
+    assert stage.command("stop", str(stage.path)).returncode == 0
+    assert "CANCELLED" in stage.command("status", str(stage.path)).stdout
