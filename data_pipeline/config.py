@@ -5,6 +5,7 @@ Every field that shapes a pack enters the plan digest (`data_pipeline.plan.plan.
 
 from dataclasses import dataclass, field
 from enum import Enum
+from math import isqrt
 from typing import Any
 
 from omegaconf import MISSING
@@ -101,6 +102,13 @@ class ImageConfig:
     most_tiles: int = 25
     """Policy `partition`: most tiles of an image, its global view not counted; the larger, the finer images are seen. 25 is the most
     whose images fit the paper's context of 4096 (4KHD goes up to 55, with a context of 16384)."""
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the largest image: under `partition` all tiles one above the other, so that rows, and so newlines, are most."""
+        if self.policy is ImageRule.square:
+            return self.tokens
+        return (self.most_tiles + 1) * (self.tokens + isqrt(self.tokens)) + 1
 
 
 @dataclass

@@ -16,6 +16,16 @@ COMMENT = "xc-slurm "
 
 ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT")
 
+WAITS = {
+    "BeginTime": "not before a set time, as after a requeue",
+    "Dependency": "for the stage before",
+    "JobHeld": "held (scontrol release goes on)",
+    "Priority": "others come first",
+    "ReqNodeNotAvail": "nodes that it needs are down, reserved or excluded",
+    "Resources": "for free nodes",
+}
+"""What Slurm's commonest reasons mean."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -33,6 +43,14 @@ class Job:
     origin: str
     """The command that knew: squeue, scontrol or sacct."""
     run_dir: str = ""
+    starts: str = ""
+    """When Slurm expects a waiting job to start, if it has an idea."""
+
+    @property
+    def waits(self) -> str:
+        """Why it waits, in words as well as in Slurm's, and until when."""
+        words = [self.reason, *(means for reason, means in WAITS.items() if self.reason.startswith(reason))]
+        return ", ".join([*words, *([f"expected to start at {self.starts}"] if self.starts else [])])
 
     @property
     def ended(self) -> bool:
@@ -117,13 +135,14 @@ def own_jobs() -> list[Job]:
     return [job for line in result.stdout.splitlines() if (job := _parse(line)).run_dir]
 
 
-_FORMAT = "%i|%T|%r|%M|%L|%N|%k"
+_FORMAT = "%i|%T|%r|%M|%L|%N|%S|%k"
 
 
 def _parse(line: str) -> Job:
-    job, state, reason, elapsed, left, nodes, comment = line.split("|", 6)
+    job, state, reason, elapsed, left, nodes, starts, comment = line.split("|", 7)
     run_dir = comment[len(COMMENT) :] if comment.startswith(COMMENT) else ""
-    return Job(job, state, "" if reason == "None" else reason, elapsed, left, nodes, "squeue", run_dir)
+    starts = starts if state == "PENDING" and starts != "N/A" else ""
+    return Job(job, state, "" if reason == "None" else reason, elapsed, left, nodes, "squeue", run_dir, starts)
 
 
 def _queued(which: str) -> Job | None:

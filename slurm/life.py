@@ -1,11 +1,12 @@
 """What a job script asks between its steps: may a life begin, and what does its end call for? Runs on the first node, without torch.
 
+    python -m slurm.life blind RUN               this node cannot write the log; exit 10: requeue without the nodes on stdout; 70: stop
     python -m slurm.life begin RUN               exit 0: go on
     python -m slurm.life preflight RUN REPORT    exit 0: go on; 10: requeue without the nodes on stdout; 70: stop
-    python -m slurm.life end RUN CODE            stdout: `requeue REASON` or `exit CODE`
+    python -m slurm.life end RUN CODE BY         stdout: `requeue REASON` or `exit CODE`; BY: `slurm`, or nothing
 
 Invariant: a job is requeued at most `slurm.retries` times in a row without a new checkpoint between; what was counted lies in the run
-directory, so that a life whose node died counts as well.
+directory, so that a life whose node died counts as well. One that was preempted does not: that is no fault.
 """
 
 import os
@@ -25,6 +26,7 @@ from train.run_dir import read_json
 
 EXIT_NO_PROGRESS = 71
 """The job stopped: life after life ended without a new checkpoint."""
+MUTE = "ended without a word: its node died or froze, or Slurm killed it"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,12 +38,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = slurm_config.load(job_dir.run.config)
         if what == "begin":
             sys.exit(begin(job_dir, settings, job))
-        elif what == "preflight":
-            from slurm.preflight import judge_report
+        elif what in ("blind", "preflight"):
+            from slurm.preflight import judge_blind, judge_report
 
-            sys.exit(judge_report(job_dir, settings, job, Path(rest[0])))
+            sys.exit(judge_report(job_dir, settings, job, Path(rest[0])) if rest else judge_blind(job_dir, settings, job))
         else:
-            print(end(job_dir, settings, job, int(rest[0])))
+            with suppress(BrokenPipeError):  # Slurm has killed the script meanwhile
+                print(end(job_dir, settings, job, int(rest[0]), by_slurm=rest[1] == "slurm"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER)
@@ -58,14 +61,16 @@ def begin(job_dir: JobDir, settings: SlurmConfig, job: str) -> int:
     attempts = of_job(jsonl.read(job_dir.attempts), job)
     newest = newest_checkpoint(run)
     if attempts and stalled(attempts, newest) >= settings.retries:
-        return _give_up(job_dir, settings, "its nodes or its script ended without a word")
+        return _give_up(job_dir, settings, MUTE)
+    if attempts and attempts[-1]["event"] == "begin":
+        print(f"the life before {MUTE}", file=sys.stderr)
     run.outcome.unlink(missing_ok=True)
     nodes, restart = os.environ.get("SLURM_JOB_NODELIST", ""), int(os.environ.get("SLURM_RESTART_COUNT", 0))
     _note(job_dir, "begin", job, checkpoint=newest, restart=restart, nodes=nodes, life=run.life())
     return EXIT_DONE
 
 
-def end(job_dir: JobDir, settings: SlurmConfig, job: str, code: int) -> str:
+def end(job_dir: JobDir, settings: SlurmConfig, job: str, code: int, by_slurm: bool) -> str:
     """Notes that a life ended with srun's `code`; returns what is to be done.
 
     Args:
@@ -73,6 +78,7 @@ def end(job_dir: JobDir, settings: SlurmConfig, job: str, code: int) -> str:
         settings: the `slurm` section.
         job: Slurm's id.
         code: how srun ended; the outcome that a rank wrote knows better.
+        by_slurm: whether Slurm takes the nodes away: it was preempted, or requeued by somebody.
     """
     run, newest = job_dir.run, newest_checkpoint(job_dir.run)
     if (run.final / "manifest.json").exists():
@@ -89,12 +95,12 @@ def end(job_dir: JobDir, settings: SlurmConfig, job: str, code: int) -> str:
             run.write_outcome(outcome["code"], outcome["reason"], outcome["step"])
         if began and run.life() > began["life"]:
             run.end_life(outcome["code"], outcome["reason"], outcome["step"])
-        _note(job_dir, "end", job, checkpoint=newest, code=outcome["code"], reason=outcome["reason"])
+        _note(job_dir, "taken" if by_slurm else "end", job, checkpoint=newest, code=outcome["code"], reason=outcome["reason"])
     if outcome["code"] in (EXIT_DONE, EXIT_USER, EXIT_NEEDS_PERSON):
         return f"exit {outcome['code']}"
     if run.stop_file.exists():
         return f"exit {EXIT_TRY_AGAIN}"
-    if stalled(of_job(jsonl.read(job_dir.attempts), job), newest) >= settings.retries:
+    if not by_slurm and stalled(of_job(jsonl.read(job_dir.attempts), job), newest) >= settings.retries:
         return f"exit {_give_up(job_dir, settings, outcome['reason'])}"
     return f"requeue {outcome['reason']}"
 
@@ -107,10 +113,10 @@ def of_job(attempts: Sequence[dict[str, Any]], job: str) -> list[dict[str, Any]]
 def stalled(attempts: Sequence[dict[str, Any]], newest: int) -> int:
     """How many lives in a row, the newest last, began from the checkpoint that is still the newest.
 
-    One that ended because preflight excluded a node does not count: there are only so many nodes.
+    One that ended because preflight excluded a node does not count: there are only so many nodes. Nor does one that Slurm ended.
     """
     events = [line["event"] for line in attempts if line["checkpoint"] >= newest]
-    return events.count("begin") - events.count("excluded")
+    return events.count("begin") - events.count("excluded") - events.count("taken")
 
 
 def _unsaid(code: int, logs: Path) -> dict[str, Any]:

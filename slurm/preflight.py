@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from slurm.job_dir import JobDir, newest_checkpoint
 
 EXIT_EXCLUDE = 10
 """Requeue, without the nodes on stdout."""
+BLIND = "cannot write the run directory"
 
 
 def judge_report(job_dir: JobDir, settings: SlurmConfig, job: str, report: Path) -> int:
@@ -38,14 +40,30 @@ def judge_report(job_dir: JobDir, settings: SlurmConfig, job: str, report: Path)
         job_dir.run.write_outcome(EXIT_NEEDS_PERSON, reason, newest_checkpoint(job_dir.run))
         print(f"error: {reason}", file=sys.stderr)
         return EXIT_NEEDS_PERSON
-    file = settings.cordon_file
-    file.parent.mkdir(parents=True, exist_ok=True)
-    about = {"time": time.time(), "job": job, "run": str(job_dir.path)}
-    jsonl.append(file, [{"node": node, "reason": reason, **about} for node, reason in found.items()])
+    excluded = _cordon(job_dir, settings, job, found)
     newest = newest_checkpoint(job_dir.run)
     jsonl.append(job_dir.attempts, [{"event": "excluded", "job": job, "time": time.time(), "checkpoint": newest, "nodes": list(found)}])
-    print(",".join(dict.fromkeys([*settings.exclude, *(entry["node"] for entry in jsonl.read(file))])))
+    print(",".join(excluded))
     return EXIT_EXCLUDE
+
+
+def judge_blind(job_dir: JobDir, settings: SlurmConfig, job: str) -> int:
+    """The node of the job script cannot write the job's log: as `judge_report`, but nothing can be said in the run directory."""
+    before = [entry for entry in jsonl.read(settings.cordon_file) if entry.get("job") == job and entry["reason"] == BLIND]
+    if len(before) >= settings.retries:  # it is hardly the nodes
+        return EXIT_NEEDS_PERSON
+    print(",".join(_cordon(job_dir, settings, job, {os.environ["SLURMD_NODENAME"]: BLIND})))
+    return EXIT_EXCLUDE
+
+
+def _cordon(job_dir: JobDir, settings: SlurmConfig, job: str, found: Mapping[str, str]) -> list[str]:
+    """Notes the nodes and the reasons; returns all nodes that this job is to do without."""
+    file = settings.cordon_file
+    about = {"time": time.time(), "job": job, "run": str(job_dir.path)}
+    with suppress(OSError):  # a node that can write nowhere is to be left out all the same
+        file.parent.mkdir(parents=True, exist_ok=True)
+        jsonl.append(file, [{"node": node, "reason": reason, **about} for node, reason in found.items()])
+    return list(dict.fromkeys([*settings.exclude, *(entry["node"] for entry in jsonl.read(file)), *found]))
 
 
 def read_facts(report: Path) -> dict[str, dict[str, Any]]:

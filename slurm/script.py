@@ -99,7 +99,7 @@ def _options(name: str, config: SlurmConfig, place: Place, excluded: list[str]) 
         f"--signal=B:USR1@{config.warn}",
         "--requeue",
         "--open-mode=append",
-        f"--output={str(place.run / 'logs' / 'slurm.log').replace('%', '%%')}",
+        "--output=/dev/null",  # the script opens its own log
         f"--chdir={place.cwd}",
         *config.sbatch,
     ]

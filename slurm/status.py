@@ -49,7 +49,7 @@ def describe(job_dir: JobDir) -> tuple[str, bool]:
     job = client.find(job_id) if job_id else None
     lines = [("run", str(job_dir.path)), ("job", _job_line(job_id, job, job_dir))]
     if job and not job.ended and job.reason:
-        lines.append(("waits", job.reason))
+        lines.append(("waits", job.waits))
     recent = tail_metrics(run.metrics)
     if recent:
         lines.append(("step", _step_line(recent)))

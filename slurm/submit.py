@@ -20,7 +20,7 @@ from slurm.job_dir import JobDir
 from slurm.script import Place, render
 from train import configure
 from train.config import Config
-from train.run_dir import RunDir
+from train.run_dir import RunDir, read_json
 
 SECRET = re.compile(r"(?i)(key|token|secret|passw)")
 LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs")
@@ -133,17 +133,20 @@ def check(config: Config, settings: SlurmConfig, place: Place, earlier: Sequence
         raise UserError(
             f"run.dir: {place.run} lies in the memory of this machine ({file_system}) (choose a file system that all nodes see)"
         )
-    if config.data.images.tokens >= config.data.context:
-        raise UserError(
-            f"data.context: {config.data.context} tokens do not hold one image of {config.data.images.tokens} "
-            f"(set data.context above {config.data.images.tokens}, or make images smaller)"
-        )
+    kinds = set()
     for name, source in config.data.sources.items():
         if "://" in source.path and not source.index_dir:
             continue
         folder = place.cwd / (source.index_dir or source.path)
         if not (folder / "source.json").exists():
             raise UserError(f"data.sources.{name}: no source.json in {folder} (run xc-data index and xc-data merge, or mend the path)")
+        kinds.add(read_json(folder / "source.json").get("kind"))
+    largest = config.data.images.most_tokens
+    if kinds - {"text"} and largest >= config.data.context:
+        raise UserError(
+            f"data.context: {config.data.context} tokens do not hold the largest image of {largest} "
+            f"(set data.context above {largest}, or make images smaller)"
+        )
     if not (place.cwd / config.data.tokenizer / "tokenizer.json").exists():
         raise UserError(f"data.tokenizer: no tokenizer.json in {place.cwd / config.data.tokenizer} (mend the path)")
     if (

@@ -16,6 +16,7 @@ from data_pipeline.errors import EXIT_CRASH, EXIT_USER, TryAgainError, UserError
 from data_pipeline.processes import end_with_parent, keep_freed_memory
 from train import configure
 from train.run_dir import RunDir, read_json
+from train.signals import leave_when_asked
 
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 """What the user mends by making room."""
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run_rank(run_dir: Path) -> int:
     """Trains as the rank that the environment describes, with the config of the run directory."""
     run = RunDir(run_dir)
+    leave_when_asked(run)
+    lives_before = run.life()
     rank = int(os.environ.get("RANK", 0))
     terminal = _redirect_output(run, rank)
 
@@ -71,7 +74,8 @@ def run_rank(run_dir: Path) -> int:
     except Exception as error:  # noqa: BLE001  whatever it was, the outcome must say so before the process goes
         code, reason = EXIT_CRASH, f"rank {rank}: {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]} (see {run.logs})"
         traceback.print_exc()
-    if not run.outcome.exists():  # the first rank to fail knows why; the others only see it gone
+    # The first rank to fail knows why; the others only see it gone. One whose node was frozen may wake up in a later life: not its own.
+    if not run.outcome.exists() and run.life() <= lives_before + 1:
         with suppress(OSError):
             run.write_outcome(code, reason, _last_step(run))
     print(f"error: {reason}", file=sys.stderr, flush=True)

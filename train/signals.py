@@ -1,12 +1,32 @@
 """Requests to a running job: stop, or save and go on; the loop asks at step borders.
 
-Handlers do nothing but set a flag: work inside a signal handler hangs at random.
+Handlers do nothing but set a flag: work inside a signal handler hangs at random. Before training there is no flag to look at, and nothing
+to lose: then the process leaves.
 """
 
+import os
 import signal
+from contextlib import suppress
 from types import FrameType
 
+from data_pipeline.errors import EXIT_TRY_AGAIN
 from train.run_dir import RunDir
+
+REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+
+
+def leave_when_asked(run: RunDir) -> None:
+    """Until there is a `StopRequest`, one ends this process at once, and the outcome says so: starting up may take minutes."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if not run.outcome.exists():
+            with suppress(OSError):
+                why = f"asked to stop ({signal.Signals(number).name}) before the first step of this life; the same command goes on"
+                run.write_outcome(EXIT_TRY_AGAIN, why, 0)
+        os._exit(EXIT_TRY_AGAIN)
+
+    for number in REQUESTS:
+        signal.signal(number, leave)
 
 
 class StopRequest:
@@ -15,7 +35,7 @@ class StopRequest:
     def __init__(self, run_dir: RunDir) -> None:
         self._file = run_dir.stop_file
         self._signal: str | None = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        for number in REQUESTS:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -50,6 +50,7 @@ def test_the_token_counts_of_4khd(most, tokens):
     panorama = np.array([(0, 60, 60 * most), (7, 0, 0)], ELEMENT)
     assert policy.image_tokens(panorama).tolist() == [tokens, 0] and policy.most_tokens == tokens
     assert policy.tiles(panorama).tolist() == [most + 1, 0] and policy.most_tiles == most + 1
+    assert ImageConfig(tokens=144, policy=ImageRule.partition, most_tiles=most).most_tokens == tokens, "what a login node computes"
     assert grid_of(60, 60 * most, most, 336) == (most, 1)
 
 

@@ -1,24 +1,27 @@
-"""A real Slurm for the tests: one cluster of four nodes for the session, started when the first test asks for it and gone afterwards.
+"""A real Slurm for the tests: one cluster of sixteen nodes for the session, started when the first test asks for it and gone afterwards.
 
 Invariant: where Slurm cannot run (not root, no packages, no namespaces) the tests are skipped with the reason, never passed.
 """
 
 import os
 import random
+import shlex
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import stand_in_rank
 import yaml
-from slurm_runs import Cluster, SlurmStage
+from slurm_runs import NODES, Cluster, SlurmStage
 from stages import stage_settings
 
 SCRIPT = Path(__file__).parent / "cluster.sh"
-NODES = 4
 
 
 @pytest.fixture(scope="session")
@@ -31,8 +34,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if subprocess.run(["unshare", "--uts", "--pid", "--mount", "--fork", "true"], capture_output=True).returncode:
         pytest.skip("a real Slurm needs CAP_SYS_ADMIN: its nodes are namespaces")
     state = tmp_path_factory.mktemp("slurm")
-    ports = {"CTLD_PORT": str(free := _free_ports(NODES + 2)), "SLURMD_PORT": str(free + 1)}  # sessions beside this one have theirs
-    where = {"SLURM_CLUSTER_DIR": str(state / "cluster"), "SLURM_CONF": str(state / "cluster/slurm.conf")}
+    ports = {"CTLD_PORT": str(free := _free_ports(NODES + 2)), "SLURMD_PORT": str(free + 1)}
+    where = {
+        "SLURM_CLUSTER_DIR": str(state / "cluster"),
+        "SLURM_CONF": str(state / "cluster/slurm.conf"),
+        "SLURM_CLUSTER_OWNER": str(os.getpid()),
+    }
     made = Cluster(SCRIPT, {**os.environ, **where, **ports})
     started = made.call("up", str(NODES), check=False)
     if started.returncode:
@@ -66,24 +73,43 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 
 
-@pytest.fixture
-def slurm_stage(demo: Any, tmp_path: Path) -> Callable[..., SlurmStage]:
-    """Writes a stage with a slurm section: two nodes, a rank each, no GPUs; keyword arguments replace whole sections' keys."""
+MakeStage = Callable[..., SlurmStage]
 
-    def make(name: str = "run", environment: dict[str, str] | None = None, **sections: dict[str, Any]) -> SlurmStage:
-        settings = stage_settings(demo, tmp_path / name)
+
+@pytest.fixture(scope="session")
+def make_slurm_stage(demo: Any) -> MakeStage:
+    """Writes a stage with a slurm section into a folder: two nodes, a rank each, no GPUs; keyword arguments replace sections' keys."""
+
+    def make(folder: Path, name: str = "run", environment: dict[str, str] | None = None, **sections: dict[str, Any]) -> SlurmStage:
+        settings = stage_settings(demo, folder / name)
         settings["slurm"] = {
             "nodes": 2,
             "gpus_per_node": 0,
             "time": "20",
             "warn": 60,
-            "cordon": str(tmp_path / "cordon.jsonl"),
+            "cordon": str(folder / "cordon.jsonl"),
             "preflight": {"enabled": False},
         }
         for section, changes in sections.items():
             settings.setdefault(section, {}).update(changes)
-        config = tmp_path / f"{name}.yaml"
+        config = folder / f"{name}.yaml"
         config.write_text(yaml.safe_dump(settings))
-        return SlurmStage(config, tmp_path / name, environment or dict(os.environ))
+        return SlurmStage(config, folder / name, environment or dict(os.environ))
 
     return make
+
+
+@pytest.fixture
+def slurm_stage(make_slurm_stage: MakeStage, tmp_path: Path) -> MakeStage:
+    """As `make_slurm_stage`, in the test's folder."""
+    return partial(make_slurm_stage, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Python for `slurm.python` whose ranks need no torch (tests/support/stand_in_rank.py)."""
+    python = tmp_path_factory.mktemp("python") / "python"
+    rank = shlex.join([sys.executable, stand_in_rank.__file__])
+    python.write_text(f'#!/bin/bash\n[ "$2" != train.rank ] || exec {rank} "$3"\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    return str(python)

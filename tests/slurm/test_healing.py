@@ -1,107 +1,281 @@
-"""A job that is disturbed ends in a finished run with nobody's help, and with the losses of a run that nothing disturbed, bitwise."""
+"""A job that is disturbed ends in a finished run with nobody's help, and with the losses of a run that nothing disturbed, bitwise.
 
+Slurm's part is shown with ranks that need no torch (tests/support/stand_in_rank.py), all faults side by side on one cluster; beside them
+one training of two ranks is warned and then loses a node. `make soak` does every fault to trainings, at random moments and in random order:
+SLURM_ROUNDS times (10), SLURM_SEED repeats an order.
+"""
+
+import json
+import os
+import random
+import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
 
 import pytest
-from slurm_runs import Cluster, SlurmStage
+import stand_in_rank
+from slurm_faults import SCENARIOS, WATCHED, Scenario, power_cut, warning
+from slurm_runs import NODES, Cluster, SlurmStage
 
-from data_pipeline.errors import EXIT_DONE, EXIT_TRY_AGAIN
+from data_pipeline import jsonl
+from data_pipeline.errors import EXIT_DONE
 from slurm.job_dir import newest_checkpoint
 
-STEPS = 60
-LONG = {"train": {"steps": STEPS}, "checkpoint": {"every": 10}}
+STEPS, LONG, EVERY = 60, 120, 10
+STAND_INS = [name for name in SCENARIOS if name not in ("warning", "other node without power", "other node frozen")]
+ROUNDS, SEED = int(os.environ.get("SLURM_ROUNDS", "10")), int(os.environ.get("SLURM_SEED", random.randrange(10_000)))
+TURNS = [(name, turn) for name in SCENARIOS for turn in range(ROUNDS)]
+random.Random(SEED).shuffle(TURNS)
+pytestmark = pytest.mark.timeout(900)  # a busy machine takes minutes to start a life
+
+
+def shape(steps: int) -> dict[str, dict[str, object]]:
+    return {"train": {"steps": steps}, "checkpoint": {"every": EVERY}}
+
+
+def suffer(scenario: Scenario, stage: SlurmStage, cluster: Cluster, job: str, at: int) -> None:
+    """Lets the fault happen once the step is done."""
+    stage.wait_for_step(at)
+    stage.notes |= {"lives": stage.begins(), "newest": newest_checkpoint(stage.run)}
+    scenario.fault(cluster, stage, job)
+
+
+def endure(scenario: Scenario, stage: SlurmStage, cluster: Cluster, at: int) -> SlurmStage:
+    """Submits a stage, lets the fault happen once the step is done, and waits for the end."""
+    if scenario.policy is not None:
+        cluster.call("policy", scenario.policy)
+    if scenario.prepare:
+        scenario.prepare(cluster, stage)
+    job = stage.notes["job"] = stage.submit()
+    suffer(scenario, stage, cluster, job, at)
+    (stage.path / "go").touch()
+    stage.notes["state"] = stage.wait_for_end(cluster, job)
+    return stage
+
+
+def finished(stage: SlurmStage, reference: dict[int, float], lossless: bool) -> None:
+    """Done, in more lives than one, with the losses of the reference and no more lost than the steps since a checkpoint."""
+    assert stage.notes["state"] == "COMPLETED", stage.log()
+    assert stage.run.read_outcome()["code"] == EXIT_DONE
+    assert stage.losses() == reference
+    assert ", life 2, on " in stage.log(), "the fault passed it by"
+    starts = [event for event in stage.run.events() if event["event"] == "start"]
+    for start in starts[1:]:
+        done = max((line["step"] for line in stage.metrics() if line["life"] < start["life"]), default=0)
+        # A checkpoint is written beside the training: the newest may have been under way.
+        least = done if lossless else max(0, (done - 1) // EVERY - 1) * EVERY
+        assert (start["resumed_from"] or 0) >= least, f"life {start['life']} lost what was done before: {starts}"
+    if len(starts) > 1:
+        assert max(start["resumed_from"] or 0 for start in starts[1:]) >= stage.notes["newest"]
+
+
+def way_back(stage: SlurmStage) -> str:
+    """Seconds from the death of a node to training again: Slurm's, then the job's own."""
+    died = stage.notes["died"]
+    begin = next(line["time"] for line in stage.attempts() if line["event"] == "begin" and line["time"] > died)
+    ranks = next(event["time"] for event in stage.run.events() if event["event"] == "start" and event["time"] > begin)
+    step = next(line["time"] for line in stage.metrics() if line["time"] > ranks)
+    own = f"{step - begin:.0f} s to its first step, {ranks - begin:.0f} of them to start the ranks and load the checkpoint"
+    return f"{begin - died:.0f} s from the node's death to the next life, which are Slurm's; then {own}"
+
+
+class Side:
+    """Jobs side by side, a thread each."""
+
+    def __init__(self, cluster: Cluster, make, folder: Path, stand_in: str) -> None:
+        self._cluster, self._make, self._folder, self._python = cluster, make, folder, stand_in
+        self._policy = Lock()
+
+    def stage(self, name: str, environment: dict[str, str], **slurm: object) -> SlurmStage:
+        cordon = str(self._folder / f"{name}.jsonl")
+        settings = {"python": self._python, "env": environment, "cordon": cordon, **slurm}
+        return self._make(self._folder, name.replace(" ", "-"), self._cluster.environment, **shape(STEPS), **WATCHED, slurm=settings)
+
+    def endure(self, name: str) -> SlurmStage:
+        scenario = SCENARIOS[name]
+        stage = self.stage(name, {"STAND_IN_HOLDS_AT": "13"}, **scenario.slurm)
+        if scenario.policy is None:
+            return endure(scenario, stage, self._cluster, at=13)
+        with self._policy:  # which is the whole site's
+            return endure(scenario, stage, self._cluster, at=13)
+
+    def fail(self) -> SlurmStage:
+        """Each life fails at step 27."""
+        stage = self.stage("same step", {"STAND_IN_FAILS_AT": "27"}, retries=2)
+        stage.notes["job"] = stage.submit()
+        stage.notes["state"] = stage.wait_for_end(self._cluster, stage.notes["job"])
+        return stage
+
+    def train(self, environment: dict[str, str]) -> SlurmStage:
+        """Real ranks: warned, then a node without power."""
+        environment = {**environment, **self._cluster.environment}
+        stage = self._make(self._folder, "training", environment, **shape(STEPS))
+        job = stage.notes["job"] = stage.submit()
+        suffer(Scenario(warning), stage, self._cluster, job, at=3)
+        stage.notes["shown"] = stage.command("status", str(stage.path)).stdout
+        suffer(Scenario(power_cut(1)), stage, self._cluster, job, at=min(STEPS - 10, newest_checkpoint(stage.run) + 12))
+        stage.notes["state"] = stage.wait_for_end(self._cluster, job)
+        return stage
+
+    def plainly(self, environment: dict[str, str]) -> dict[int, float]:
+        """Losses of the same training without Slurm."""
+        stage = self._make(self._folder, "plain", environment, **shape(STEPS))
+        stage.train_without_slurm()
+        return stage.losses()
+
+    def index(self, shards: Path, tokenizer: Path) -> tuple[Path, SlurmStage]:
+        """The shards, in an array of eight tasks whose node dies."""
+        bare = self._folder / "pair's shards"
+        bare.mkdir()
+        for tar in shards.glob("*.tar"):
+            shutil.copy(tar, bare)
+        stage = self.stage("array", {})
+        command = ["array", "--tasks", "8", "--sbatch=--nodes=1", f"--logs={self._folder / 'logs'}", "--"]
+        made = stage.command(*command, "xc-data", "index", str(bare), "--tokenizer", str(tokenizer))
+        assert made.returncode == 0, made.stderr
+        tasks, merge = (line.split()[2].rstrip(":") for line in made.stdout.splitlines()[:2])
+        stage.wait(lambda: bool(self._cluster.nodes_of(tasks)), 60, "a task")
+        node = self._cluster.nodes_of(tasks)[0]
+        self._cluster.call("crash", node)
+        stage.notes |= {"state": stage.wait_for_end(self._cluster, merge), "tasks": tasks}
+        self._cluster.call("boot", node)
+        return bare, stage
 
 
 @pytest.fixture(scope="module")
-def undisturbed(demo, tmp_path_factory, environment):
-    """Losses of the same stage, trained on this machine without Slurm."""
-    import yaml
-    from stages import stage_settings
-
-    folder = tmp_path_factory.mktemp("undisturbed")
-    settings = stage_settings(demo, folder / "run")
-    for section, changes in LONG.items():
-        settings[section].update(changes)
-    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
-    stage = SlurmStage(folder / "run.yaml", folder / "run", environment)
-    stage.train_without_slurm()
-    losses = stage.losses()
-    assert sorted(losses) == list(range(1, STEPS + 1))
-    return losses
-
-
-@pytest.fixture
-def training(slurm_stage, cluster, environment):
-    """A stage of 60 steps for two nodes of the cluster."""
-
-    def make(name="run", **slurm):
-        return slurm_stage(name, {**environment, **cluster.environment}, **LONG, slurm=slurm)
-
-    return make
+def disturbed(cluster, make_slurm_stage, stand_in, environment, demo, tmp_path_factory):
+    """The faults, each upon a job of its own, and a training: what is still going on while the first tests look at what has ended."""
+    side = Side(cluster, make_slurm_stage, tmp_path_factory.mktemp("disturbed"), stand_in)
+    with ThreadPoolExecutor(len(STAND_INS) + 4) as pool:
+        done = {}
+        for name in STAND_INS:
+            scenario = SCENARIOS[name]
+            done[name] = pool.submit(side.endure, name)
+            while scenario.prepare and len(cluster.idle()) > NODES - 2 * len(done) and not done[name].done():
+                time.sleep(0.1)  # it is to get the node that has been made unfit for it
+        done["same step"] = pool.submit(side.fail)
+        done["training"] = pool.submit(side.train, environment)
+        done["plain"] = pool.submit(side.plainly, environment)
+        done["array"] = pool.submit(side.index, demo.source("pairs"), demo.tokenizer)
+        yield done
+    cluster.call("policy")
 
 
-def finished(stage: SlurmStage, cluster: Cluster, job: str, undisturbed: dict[int, float], seconds: float = 600) -> None:
-    assert stage.wait_for_end(cluster, job, seconds) == "COMPLETED", stage.log()
-    assert stage.run.read_outcome()["code"] == EXIT_DONE
-    assert stage.losses() == undisturbed
+@pytest.mark.parametrize("name", STAND_INS)
+def test_a_job_heals_itself(disturbed, name):
+    finished(disturbed[name].result(), stand_in_rank.losses(STEPS), SCENARIOS[name].lossless)
 
 
-@pytest.mark.timeout(900)  # three lives; on a busy machine each takes minutes to import torch
-def test_a_job_goes_on_after_a_warning_and_after_a_killed_rank_with_the_losses_of_an_undisturbed_run(training, cluster, undisturbed):
-    stage = training(preflight={"slowest": 0.0})
-    job = stage.submit()
-    stage.wait_for_step(3)
-    shown = stage.command("status", str(stage.path)).stdout
-    assert f"{job} RUNNING on node" in shown
-    assert "life 1" in shown
-    assert "tokens/s" in shown
-    cluster.run("scancel", "--signal=USR1", "--batch", job)  # what Slurm sends ahead of the time limit
-    stage.wait(lambda: "requeued" in stage.log(), 120, "the requeue")
-    stopped_at = stage.run.read_outcome()["step"]
-    assert stage.run.read_outcome()["code"] == EXIT_TRY_AGAIN
-    assert newest_checkpoint(stage.run) == stopped_at >= 3, "nothing is lost"
-    stage.wait_for_step(min(STEPS - 10, stopped_at + 12))
-    stage.kill_rank(1)
-    finished(stage, cluster, job, undisturbed)
+@pytest.mark.parametrize(("name", "reason"), [("first node unfit", "cannot write the run directory"), ("other node unfit", "Read-only")])
+def test_an_unfit_node_is_excluded_with_the_reason_and_no_later_job_uses_it(disturbed, name, reason):
+    stage = disturbed[name].result()
+    (entry,) = jsonl.read(stage.config.parent / f"{name}.jsonl")
+    assert entry["node"] == stage.notes["unfit"]
+    assert reason in entry["reason"]
+    assert stage.resumed_from() == [None], "nothing was trained before"
+    dry = stage.command("submit", str(stage.config), f"run.dir={stage.path}-2", "--dry-run")
+    assert f"--exclude={entry['node']}" in dry.stdout
+    assert reason in dry.stderr
 
-    assert len(stage.resumed_from()) == 3
-    assert stage.resumed_from()[:2] == [None, stopped_at]
-    assert stage.log().count("preflight node") == 6
-    assert "all-reduce" in stage.log()
+
+def test_a_run_that_fails_at_the_same_step_each_life_stops_and_says_so(disturbed, cluster):
+    stage = disturbed["same step"].result()
+    assert stage.notes["state"] == "FAILED"
+    assert "ExitCode=71:0" in cluster.run("scontrol", "show", "job", stage.notes["job"])
+    assert stage.resumed_from() == [None, 20, 20], "the first life had made progress"
+    said = stage.run.read_outcome()
+    assert "2 lives in a row ended without a checkpoint after step 20" in said["reason"]
+    assert "step 27 cannot be done" in said["reason"]
+    assert "exit code 71" in stage.command("status", str(stage.path)).stdout
+    assert said["step"] == 20
+
+
+def test_a_training_that_was_warned_and_lost_a_node_has_the_losses_of_one_without_slurm(disturbed):
+    stage, plain = disturbed["training"].result(), disturbed["plain"].result()
+    job, warned = stage.notes["job"], stage.attempts()[1]
+    assert sorted(plain) == list(range(1, STEPS + 1))
+    finished(stage, plain, lossless=False)
+    print(way_back(stage))
+    assert stage.resumed_from()[1] == warned["checkpoint"] >= 3, "a warning costs nothing"
     rank_1 = stage.command("logs", str(stage.path), "--rank", "1").stdout
     assert rank_1.count(f"== job {job}, life") == 3, "a log keeps all lives"
+    assert "life 2" in stage.notes["shown"]
+    assert "tokens/s" in stage.notes["shown"]
     shown = stage.command("status", str(stage.path)).stdout
     assert f"{job} COMPLETED" in shown
     assert "(from scontrol)" in shown
     assert f"checkpoint step {STEPS}" in shown
 
 
-@pytest.mark.soak
-def test_a_run_that_fails_at_the_same_place_each_life_stops_with_a_code_of_its_own(training, cluster):
-    stage = training(python="/bin/false", retries=2)
-    job = stage.submit()
-    assert stage.wait_for_end(cluster, job, 60) == "FAILED"
-    assert "ExitCode=71:0" in cluster.run("scontrol", "show", "job", job)
-    assert [line["event"] for line in stage.attempts()] == ["begin", "end"] * 2
-    assert "2 lives in a row" in stage.run.read_outcome()["reason"]
-    assert "71" in stage.command("status", str(stage.path)).stdout
+def test_an_array_whose_node_dies_makes_the_index_that_one_process_makes(disturbed, cluster, demo):
+    folder, stage = disturbed["array"].result()
+    assert stage.notes["state"] == "COMPLETED"
+    assert "Restarts=1" in cluster.run("scontrol", "show", "job", stage.notes["tasks"]), "the fault passed it by"
+    made, reference = (json.loads((f / "source.json").read_text()) for f in (folder, demo.source("pairs")))
+    for source in (made, reference):
+        source.pop("created", None)
+    assert made == reference
+
+
+@pytest.fixture(scope="module")
+def undisturbed(make_slurm_stage, environment, tmp_path_factory):
+    """Losses of a longer training, without Slurm."""
+    stage = make_slurm_stage(tmp_path_factory.mktemp("undisturbed"), "run", environment, **shape(LONG))
+    stage.train_without_slurm()
+    return stage.losses()
 
 
 @pytest.mark.soak
-def test_the_time_limit_becomes_a_checkpoint_and_another_life(training, cluster, undisturbed):
-    stage = training(time="2", warn=100)
-    job = stage.submit("train.steps=2000")
-    stage.wait(lambda: "requeued" in stage.log(), 200, "the time limit")
-    assert newest_checkpoint(stage.run) == stage.run.read_outcome()["step"]
-    stage.wait(lambda: len(stage.resumed_from()) == 2, 90, "the second life")
+@pytest.mark.parametrize(("name", "turn"), TURNS, ids=[f"{name}-{turn}-seed{SEED}" for name, turn in TURNS])
+def test_a_training_heals_itself_at_any_moment(slurm_stage, cluster, environment, undisturbed, name, turn):
+    scenario = SCENARIOS[name]
+    stage = slurm_stage("run", {**environment, **cluster.environment}, **shape(LONG), **WATCHED, slurm=dict(scenario.slurm))
+    endure(scenario, stage, cluster, at=random.Random(f"{SEED} {name} {turn}").randrange(1, LONG // 2))
+    stage.wait(lambda: len(cluster.idle()) == NODES, 60, "the nodes")
+    finished(stage, undisturbed, scenario.lossless)
+    if "died" in stage.notes:
+        print(f"{name}: {way_back(stage)}")
+
+
+@pytest.mark.soak
+def test_two_ranks_on_each_of_two_nodes_have_the_losses_of_four_on_one(slurm_stage, cluster, environment):
+    stage = slurm_stage("run", {**environment, **cluster.environment}, slurm={"ranks_per_node": 2})
+    assert stage.wait_for_end(cluster, stage.submit(), 600) == "COMPLETED", stage.log()
+    plain = slurm_stage("plain", environment)
+    plain.train_without_slurm(procs=4)
+    assert stage.losses() == pytest.approx(plain.losses(), rel=1e-4)  # the sums over ranks have another order
+
+
+@pytest.mark.soak
+def test_stop_checkpoints_first_and_the_same_submit_goes_on(slurm_stage, cluster, environment, undisturbed):
+    stage = slurm_stage("run", {**environment, **cluster.environment}, **shape(LONG))
+    stage.submit()
+    stage.wait_for_step(3)
     assert stage.command("stop", str(stage.path)).returncode == 0
-    losses = stage.losses()
-    assert cluster.run("scontrol", "show", "job", job).count("Restarts=1")
-    assert len(losses) == max(losses), "no step is missing"
+    step = stage.run.read_outcome()["step"]
+    assert 3 <= step == newest_checkpoint(stage.run) < LONG
+    assert cluster.run("squeue", "--noheader") == ""
+    assert stage.wait_for_end(cluster, stage.submit(), 600) == "COMPLETED", stage.log()
+    assert stage.losses() == undisturbed
+    assert stage.resumed_from() == [None, step]
 
 
 @pytest.mark.soak
-def test_ranks_that_do_not_hear_the_warning_are_ended_by_the_limit_and_the_job_comes_back(training, cluster, tmp_path):
+def test_a_job_that_was_cancelled_does_not_come_back_and_the_same_submit_goes_on(slurm_stage, cluster, environment, undisturbed):
+    stage = slurm_stage("run", {**environment, **cluster.environment}, **shape(LONG))
+    job = stage.submit()
+    stage.wait_for_step(13)
+    cluster.run("scancel", job)
+    assert stage.wait_for_end(cluster, job) == "CANCELLED"
+    assert stage.wait_for_end(cluster, stage.submit(), 600) == "COMPLETED", stage.log()
+    assert stage.losses() == undisturbed
+    assert stage.resumed_from()[1] >= 10
+
+
+@pytest.mark.soak
+def test_ranks_that_do_not_hear_the_warning_are_ended_by_the_limit_and_the_job_comes_back(slurm_stage, cluster, tmp_path):
     probe = tmp_path / "deaf"
     probe.write_text(
         f"""#!/bin/bash
@@ -111,82 +285,5 @@ for i in $(seq 1000); do sleep 0.2; done
 """
     )
     probe.chmod(0o755)
-    stage = training(python=str(probe), time="1", warn=20)
+    stage = slurm_stage("run", cluster.environment, slurm={"python": str(probe), "time": "1", "warn": 20})
     assert stage.wait_for_end(cluster, stage.submit(), 150) == "COMPLETED", stage.log()
-    assert len([a for a in stage.attempts() if a["event"] == "begin"]) == 2
-
-
-@pytest.mark.soak
-def test_stop_checkpoints_first_and_the_same_submit_goes_on(training, cluster, undisturbed):
-    stage = training()
-    stage.submit()
-    stage.wait_for_step(3)
-    assert stage.command("stop", str(stage.path)).returncode == 0
-    step = stage.run.read_outcome()["step"]
-    assert 3 <= step == newest_checkpoint(stage.run) < STEPS
-    assert cluster.run("squeue", "--noheader") == ""
-    finished(stage, cluster, stage.submit(), undisturbed)
-    assert stage.resumed_from() == [None, step]
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("how", ["requeue", "cancel"])
-def test_what_an_administrator_does_costs_at_most_the_steps_since_a_checkpoint(training, cluster, undisturbed, how):
-    stage = training()
-    job = stage.submit()
-    stage.wait_for_step(13)
-    cluster.run(*(["scontrol", "requeue"] if how == "requeue" else ["scancel"]), job)
-    if how == "cancel":
-        assert stage.wait_for_end(cluster, job) == "CANCELLED", "somebody wanted it gone: it does not come back"
-        job = stage.submit()
-    finished(stage, cluster, job, undisturbed)
-    assert stage.resumed_from()[1] >= 10
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("position", [0, 1])
-def test_a_node_without_power_costs_at_most_the_steps_since_a_checkpoint(training, cluster, undisturbed, position):
-    stage = training()
-    job = stage.submit()
-    stage.wait_for_step(13)
-    nodes = cluster.run("scontrol", "show", "hostnames", cluster.run("squeue", "--noheader", f"--jobs={job}", "--format=%N")).split()
-    died = time.time()
-    cluster.call("crash", nodes[position])
-    try:
-        finished(stage, cluster, job, undisturbed)
-    finally:
-        cluster.call("boot", nodes[position])
-        stage.wait(lambda: cluster.run("sinfo", "-h", "-p", "train", "-N", "-o", "%t").split().count("idle") == 4, 60, "the node")
-    assert stage.resumed_from()[1] >= 10
-    again = next(event["time"] for event in stage.run.events() if event["event"] == "start" and event["time"] > died)
-    print(f"node {position} of the job died; training again after {again - died:.0f} s")
-
-
-@pytest.mark.soak
-def test_a_preempted_job_checkpoints_within_the_grace_time_and_comes_back(training, cluster, undisturbed):
-    stage = training(partition="preempt")
-    job = stage.submit()
-    stage.wait_for_step(3)
-    other = cluster.run("sbatch", "--parsable", "--partition=train", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
-    finished(stage, cluster, job, undisturbed)
-    assert other
-    assert stage.resumed_from()[1] >= 3
-
-
-@pytest.mark.soak
-def test_a_node_that_cannot_write_to_the_run_directory_is_excluded_and_the_job_goes_elsewhere(training, cluster, undisturbed, tmp_path):
-    stage = training(preflight={"slowest": 0.0})
-    (stage.path / "logs").mkdir(parents=True)
-    (stage.path / "slurm").mkdir()
-    cluster.call("readonly", "node02", str(stage.path))
-    try:
-        job = stage.submit()
-        finished(stage, cluster, job, undisturbed)
-    finally:
-        cluster.call("writable", "node02", str(stage.path))
-    assert "node02" in (tmp_path / "cordon.jsonl").read_text()
-    assert "Read-only" in (tmp_path / "cordon.jsonl").read_text()
-    assert "node02" not in cluster.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%N")
-    dry = stage.command("submit", str(stage.config), "run.dir=" + str(tmp_path / "other"), "--dry-run")
-    assert "--exclude=node02" in dry.stdout
-    assert "Read-only" in dry.stderr

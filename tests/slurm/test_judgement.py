@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 
+from data_pipeline.errors import EXIT_NEEDS_PERSON
 from slurm.config import PreflightConfig, SlurmConfig
+from slurm.job_dir import JobDir
 from slurm.life import stalled
-from slurm.preflight import problems
+from slurm.preflight import EXIT_EXCLUDE, judge_blind, problems
 
 NODES = ["node01", "node02", "node03", "node04"]
 SETTINGS = SlurmConfig(gpus_per_node=8)
@@ -28,9 +30,20 @@ def test_lives_count_until_one_leaves_a_new_checkpoint(checkpoints, newest, coun
     assert stalled(begins(*checkpoints), newest) == count
 
 
-def test_a_life_that_excluded_a_node_does_not_count():
-    lives = [{"event": event, "checkpoint": 0} for event in ("begin", "excluded", "begin", "end")]
+@pytest.mark.parametrize("how", ["excluded", "taken"])
+def test_a_life_that_excluded_a_node_or_was_preempted_does_not_count(how):
+    lives = [{"event": event, "checkpoint": 0} for event in ("begin", how, "begin", "end")]
     assert stalled(lives, 0) == 1
+
+
+def test_a_node_that_cannot_write_is_left_out_until_so_many_cannot_that_it_is_hardly_the_nodes(tmp_path, monkeypatch, capsys):
+    settings = replace(SETTINGS, retries=2, exclude=["node09"], cordon=str(tmp_path / "new" / "cordon.jsonl"))
+    codes = []
+    for node in NODES[:3]:
+        monkeypatch.setenv("SLURMD_NODENAME", node)
+        codes.append(judge_blind(JobDir(tmp_path), settings, job="7"))
+    assert codes == [EXIT_EXCLUDE, EXIT_EXCLUDE, EXIT_NEEDS_PERSON]
+    assert capsys.readouterr().out.splitlines() == ["node09,node01", "node09,node01,node02"]
 
 
 def measured(**changes):

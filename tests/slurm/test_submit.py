@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -27,10 +28,11 @@ from slurm.cli import main
         ("run.dir=/dev/shm/run", "run.dir"),
         ("run.init_from=/nowhere", "run.init_from"),
         ("data.context=1", "data.context"),
+        ("data.images.policy=partition; data.images.most_tiles=100; model.projector.marks=true", "the largest image of 203"),
         ("data.tokenizer=/nowhere", "data.tokenizer"),
         ("data.sources.pairs.path=/nowhere", "data.sources.pairs"),
         ("slurm.gpus_per_node=9", "have 8"),
-        ("slurm.nodes=5", "sbatch refuses the job"),
+        ("slurm.nodes=17", "sbatch refuses the job"),
         ("slurm.partition=nowhere", "sbatch refuses the job"),
     ],
 )
@@ -40,7 +42,7 @@ def test_what_cannot_work_is_refused_in_one_line_with_its_cure_and_nothing_is_wr
     stage = slurm_stage()
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
     with pytest.raises(SystemExit) as ended:
-        main(["submit", str(stage.config), override])
+        main(["submit", str(stage.config), *override.split("; ")])
     errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
     assert ended.value.code == EXIT_USER
     assert len(errors) == 1, errors
@@ -62,9 +64,19 @@ def test_a_dry_run_prints_the_script_asks_sbatch_writes_nothing_and_needs_no_tor
     assert cluster.run("squeue", "--noheader") == ""
 
 
-def test_sbatch_takes_a_job_of_whole_nodes_with_all_their_gpus(cluster, slurm_stage):
-    stage = slurm_stage(environment=cluster.environment, slurm={"gpus_per_node": 8, "cpus_per_rank": 14})
-    assert stage.command("submit", str(stage.config), "slurm.nodes=4", "--dry-run").returncode == 0
+def test_sbatch_takes_the_7b_on_sixteen_nodes_with_all_their_gpus_as_it_is(cluster, tmp_path, monkeypatch, capsys):
+    config = Path(__file__).parents[2] / "configs" / "pretrain_7b.yaml"
+    data = yaml.safe_load(config.read_text())["data"]
+    for file in (f"{data['tokenizer']}/tokenizer.json", *(f"{source['path']}/source.json" for source in data["sources"].values())):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_text('{"kind": "pair"}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    with pytest.raises(SystemExit) as ended:
+        main(["submit", str(config), "slurm.nodes=16", "--dry-run"])
+    said = capsys.readouterr()
+    assert ended.value.code == 0, said.err
+    assert "on nodes node[01-16] in partition train" in said.err
 
 
 def test_a_name_is_only_a_name_and_the_job_runs_the_code_and_config_that_were_submitted(cluster, slurm_stage, tmp_path):
@@ -121,3 +133,14 @@ def test_a_run_directory_of_another_config_is_refused(cluster, slurm_stage, tmp_
     refused = stage.command("submit", str(stage.config), "train.lr=0.5")
     assert refused.returncode == EXIT_USER
     assert "train.lr differs" in refused.stderr
+
+
+def test_status_says_why_a_job_waits_and_until_when_and_stop_takes_it_out_of_the_queue(cluster, slurm_stage):
+    stage = slurm_stage(environment=cluster.environment, slurm={"sbatch": ["--begin=now+3600"]})
+    job = stage.submit()
+    stage.wait(lambda: "BeginTime" in stage.command("status", str(stage.path)).stdout, 30, "the reason", every=1)
+    shown = stage.command("status", str(stage.path)).stdout
+    assert f"{job} PENDING" in shown
+    assert "waits      BeginTime, not before a set time, as after a requeue, expected to start at 20" in shown
+    assert stage.command("stop", str(stage.path)).returncode == 0
+    assert "CANCELLED" in stage.command("status", str(stage.path)).stdout

@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_pipeline import jsonl
 from train.run_dir import RunDir
+
+NODES = 16
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,14 @@ class Cluster:
         """One of Slurm's commands; returns what it says."""
         return subprocess.run(command, env=self.environment, text=True, capture_output=True, check=True).stdout.strip()
 
+    def nodes_of(self, job: str) -> list[str]:
+        """Nodes that a job runs on, in the order of their ranks."""
+        return self.run("scontrol", "show", "hostnames", self.run("squeue", "--noheader", f"--jobs={job}", "--format=%N")).split()
+
+    def idle(self) -> list[str]:
+        """Nodes that wait for work."""
+        return self.run("sinfo", "--noheader", "--partition=train", "--Node", "--states=idle", "--format=%N").split()
+
 
 @dataclass
 class SlurmStage:
@@ -40,6 +50,8 @@ class SlurmStage:
     config: Path
     path: Path
     environment: dict[str, str]
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What a test remembers of it."""
 
     @property
     def run(self) -> RunDir:
@@ -57,32 +69,41 @@ class SlurmStage:
         assert result.returncode == 0, result.stderr
         return result.stdout.split()[2].rstrip(":")
 
-    def train_without_slurm(self) -> None:
+    def train_without_slurm(self, procs: int = 2) -> None:
         """`xc-train run` on this machine, with as many ranks: what a job's result is compared with."""
-        command = [sys.executable, "-m", "train.cli", "run", str(self.config), "--procs", "2"]
+        command = [sys.executable, "-m", "train.cli", "run", str(self.config), "--procs", str(procs)]
         result = subprocess.run(command, env=self.environment, text=True, capture_output=True, timeout=600)
         assert result.returncode == 0, result.stderr
 
-    def kill_rank(self, rank: int) -> None:
-        """SIGKILL to one rank, on whichever node it is."""
+    def signal_rank(self, rank: int, name: str) -> None:
+        """A signal to one rank, on whichever node it is."""
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 arguments = (folder / "cmdline").read_bytes().split(b"\0")
                 variables = (folder / "environ").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if b"train.rank" in arguments and str(self.path).encode() in arguments and f"RANK={rank}".encode() in variables:
-                os.kill(int(folder.name), signal.SIGKILL)
+            ours = b"python" in arguments[0] and arguments[-2:] == [str(self.path).encode(), b""]  # train.rank, or what stands in for it
+            if ours and f"RANK={rank}".encode() in variables:
+                os.kill(int(folder.name), signal.Signals[f"SIG{name}"])
                 return
         raise AssertionError(f"rank {rank} does not run")
 
     def losses(self) -> dict[int, float]:
         """Loss of each step, the newest life's where a step was replayed."""
-        return {line["step"]: line["loss/train"] for line in jsonl.read(self.run.metrics)}
+        return {line["step"]: line["loss/train"] for line in self.metrics()}
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """What each step showed."""
+        return jsonl.read(self.run.metrics)
 
     def attempts(self) -> list[dict[str, Any]]:
         """Begins and ends of lives, as the job noted them."""
         return jsonl.read(self.path / "slurm" / "attempts.jsonl")
+
+    def begins(self) -> int:
+        """Lives that the job has begun."""
+        return sum(line["event"] == "begin" for line in self.attempts())
 
     def resumed_from(self) -> list[int | None]:
         """The step that each life went on from."""
@@ -103,15 +124,16 @@ class SlurmStage:
             lambda: not cluster.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").startswith(_ALIVE),
             seconds,
             "the end",
+            every=1.0,  # it asks Slurm
         )
         return cluster.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T")
 
-    def wait(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
+    def wait(self, condition: Callable[[], bool], seconds: float, what: str, every: float = 0.1) -> None:
         """Polls; fails with what the job said."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"waited {seconds} s for {what}; the job said:\n{self.log()}"
-            time.sleep(0.1)
+            time.sleep(every)
 
 
 _ALIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED")

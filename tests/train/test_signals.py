@@ -1,0 +1,31 @@
+"""A stop request is heard from the first moment of a rank on, and never mistaken for a crash."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from data_pipeline.errors import EXIT_TRY_AGAIN
+from train.run_dir import RunDir
+
+STARTING = """
+import sys, time
+from pathlib import Path
+from train.run_dir import RunDir
+from train.signals import leave_when_asked
+leave_when_asked(RunDir(Path(sys.argv[1])))
+print("starting up", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_a_rank_that_is_asked_to_stop_before_it_trains_leaves_at_once_and_says_so(tmp_path, number):
+    rank = subprocess.Popen([sys.executable, "-c", STARTING, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert rank.stdout.readline() == "starting up\n"
+    rank.send_signal(number)
+    assert rank.wait(timeout=50) == EXIT_TRY_AGAIN
+    outcome = RunDir(tmp_path).read_outcome()
+    assert outcome["code"] == EXIT_TRY_AGAIN
+    assert f"asked to stop ({number.name}) before the first step" in outcome["reason"]
