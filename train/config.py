@@ -1,7 +1,6 @@
 """The whole configuration tree: one dataclass a section, one YAML a stage, strict.
 
-Invariant: no torch here; a resolved config is plain text that alone repeats the run. Sections of packages above `train` are kept
-but not read (`slurm`).
+Invariant: no torch here; a resolved config is plain text that alone repeats the run. `slurm`, of a package above, is kept unread.
 """
 
 from dataclasses import dataclass, field
@@ -329,10 +328,7 @@ class GuardConfig:
 
 @dataclass
 class WatchdogConfig:
-    """How many seconds a rank may be silent in each phase before the job shows its stacks and ends, to be tried again (exit 75).
-
-    0 = for ever. Ranks wait for each other, so a limit bounds the slowest; torch's own limit on collectives is 30 minutes.
-    """
+    """Seconds that the slowest rank may be silent in a phase before the job shows its stacks and ends (exit 75); 0 = torch's 30 minutes."""
 
     start: float = 1500.0
     """From the start of the processes to the end of the first step: weights, checkpoint, compilation."""
