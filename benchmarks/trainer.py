@@ -166,6 +166,8 @@ def overhead(folder: Path, ranks: Ranks, part: str, scale: int, quick: bool, rou
         theirs.append(time.process_time() - middle)
 
     train(config, ranks, visit)
+    if len(ours) < config.train.steps:
+        sys.exit(f"the trainer was stopped after {len(ours)} of {config.train.steps} steps")
     # The first steps warm up. The flush of a round's last step is the trainer's own part of that step.
     blocks = [(sum(ours[i : i + each]), sum(theirs[i : i + each])) for i in range(each, each * (rounds + 1), each)]
     found: Rounds = {"overhead_mid": [a / b for a, b in blocks]} if part == "mid" else {}
@@ -179,6 +181,8 @@ def stall(folder: Path, ranks: Ranks, scale: int, quick: bool, rounds: int) -> R
     config = settings(folder, "stall", "stall", scale, quick, 3 * around * (rounds + 1))
     blocks = Stall(RunDir(config.run.dir), around)
     train(config, ranks, blocks.visit, blocks.writer_of)
+    if len(blocks.took["synchronous"]) <= rounds:
+        sys.exit("the trainer was stopped before its last step")
     plain, background, synchronous = (values[1:] for values in blocks.took.values())
     extra = [[a - b for a, b in zip(values, plain, strict=True)] for values in (background, synchronous)]
     size = sum(f.stat().st_size for f in RunDir(config.run.dir).checkpoints.rglob("*") if f.is_file())

@@ -68,11 +68,12 @@ def own(run: RunDir) -> Iterator[None]:
     Raises:
         UserError: another process holds it.
     """
-    with run.lock.open("w") as lock:
+    with run.lock.open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{run.path} is in use by a running job (wait for it, or touch {run.stop_file})") from None
+        lock.truncate(0)  # a Slurm job that holds it has its number there, by which its next life knows it (slurm/job.sbatch.j2)
         yield
 
 
