@@ -129,6 +129,7 @@ def round_of(runs: dict[str, Callable[[], Tensor]], model: XComposer2, found: Ro
     took, losses = {}, {}
     for who, run in runs.items():
         took[who], losses[who] = timed(run, model)
+        print(f"{prefix}: {who} {took[who]:.2f} s", file=sys.stderr, flush=True)  # a long run that is cut short still said something
         found.setdefault(f"{prefix}: seconds of {who}", []).append(took[who])
     if max(losses.values()) - min(losses.values()) > 0.02 * abs(max(losses.values())):
         sys.exit(f"the contestants disagree about the loss: {losses}")
