@@ -60,12 +60,15 @@ class Size:
 
 
 def size_of(quick: bool, scale: int) -> Size:
-    """The whole size, a `scale`-th of its layers and its vocabulary (so that no part weighs more), or one that only shows that it runs."""
+    """The whole size; a `scale`-th of its layers, vocabulary and samples, whose parts weigh the same; or one that only shows that it runs.
+
+    The samples come in pairs that leave as much padding as all of them do.
+    """
     if quick:
         return Size(DecoderConfig(vocab=512, hidden=64, layers=2, heads=4, kv_heads=2, ffn=128), 8, 64, (40, 70), (1024, 2048))
     lengths = (300, 1400, 460, 1240, 620, 1090, 770, 930)
     decoder = DecoderConfig(vocab=32000 // scale, hidden=1024, layers=8 // scale, heads=16, kv_heads=8, ffn=4096)
-    return Size(decoder, 64, 256, lengths, (2048, 32768))
+    return Size(decoder, 64, 256, lengths[: max(2, 8 // scale)], (2048, 32768))
 
 
 def model_of(size: Size, dtype: torch.dtype = torch.float32, mode: LowRankMode = LowRankMode.plora) -> XComposer2:
@@ -126,6 +129,7 @@ def round_of(runs: dict[str, Callable[[], Tensor]], model: XComposer2, found: Ro
     took, losses = {}, {}
     for who, run in runs.items():
         took[who], losses[who] = timed(run, model)
+        print(f"{prefix}: {who} {took[who]:.2f} s", file=sys.stderr, flush=True)  # a long run that is cut short still said something
         found.setdefault(f"{prefix}: seconds of {who}", []).append(took[who])
     if max(losses.values()) - min(losses.values()) > 0.02 * abs(max(losses.values())):
         sys.exit(f"the contestants disagree about the loss: {losses}")
@@ -249,7 +253,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
     parser.add_argument("--threads", type=int, default=1, help="threads (default 1: figures are of processor time)")
     parser.add_argument(
-        "--scale", type=int, default=1, choices=(1, 2, 4, 8), help="so many times fewer layers and words: a slow machine's turn"
+        "--scale", type=int, default=1, choices=(1, 2, 4, 8), help="so many times fewer layers, words and samples: a slow machine's turn"
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="what to measure (default: all; bf16 where the processor has AMX)")
     parser.add_argument("--quick", action="store_true", help="a tiny model: shows that it runs, measures nothing")
