@@ -197,7 +197,6 @@ def test_a_training_that_was_warned_and_lost_a_node_has_the_losses_of_one_withou
     job, warned = stage.notes["job"], stage.attempts()[1]
     assert sorted(plain) == list(range(1, STEPS + 1))
     finished(stage, plain, lossless=False)
-    print(way_back(stage))
     assert stage.resumed_from()[1] == warned["checkpoint"] >= 3, "a warning costs nothing"
     rank_1 = stage.command("logs", str(stage.path), "--rank", "1").stdout
     assert rank_1.count(f"== job {job}, life") == 3, "a log keeps all lives"
