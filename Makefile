@@ -38,6 +38,8 @@ soak: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/trainer.py
 
 # The peers see the project's packages, so that torch and the decoders are the same for all; what they need beyond lies in .venv-peers.
 PEERS := .venv-peers
