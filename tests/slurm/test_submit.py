@@ -65,6 +65,7 @@ def test_a_dry_run_prints_the_script_asks_sbatch_writes_nothing_and_needs_no_tor
 
 
 def test_sbatch_takes_the_7b_on_sixteen_nodes_with_all_their_gpus_as_it_is(cluster, tmp_path, monkeypatch, capsys):
+    cluster.mend()
     config = Path(__file__).parents[2] / "configs" / "pretrain_7b.yaml"
     data = yaml.safe_load(config.read_text())["data"]
     for file in (f"{data['tokenizer']}/tokenizer.json", *(f"{source['path']}/source.json" for source in data["sources"].values())):
