@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -62,22 +61,6 @@ def test_a_dry_run_prints_the_script_asks_sbatch_writes_nothing_and_needs_no_tor
     assert "do not divide by 2 ranks" in dry.stderr
     assert not stage.path.exists()
     assert cluster.run("squeue", "--noheader") == ""
-
-
-def test_sbatch_takes_the_7b_on_sixteen_nodes_with_all_their_gpus_as_it_is(cluster, tmp_path, monkeypatch, capsys):
-    cluster.mend()
-    config = Path(__file__).parents[2] / "configs" / "pretrain_7b.yaml"
-    data = yaml.safe_load(config.read_text())["data"]
-    for file in (f"{data['tokenizer']}/tokenizer.json", *(f"{source['path']}/source.json" for source in data["sources"].values())):
-        (tmp_path / file).parent.mkdir(parents=True)
-        (tmp_path / file).write_text('{"kind": "pair"}')
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
-    with pytest.raises(SystemExit) as ended:
-        main(["submit", str(config), "slurm.nodes=16", "--dry-run"])
-    said = capsys.readouterr()
-    assert ended.value.code == 0, said.err
-    assert "on nodes node[01-16] in partition train" in said.err
 
 
 def test_a_name_is_only_a_name_and_the_job_runs_the_code_and_config_that_were_submitted(cluster, slurm_stage, tmp_path):

@@ -42,15 +42,6 @@ class Cluster:
         """Nodes that wait for work."""
         return self.run("sinfo", "--noheader", "--partition=train", "--Node", "--states=idle", "--format=%N").split()
 
-    def mend(self) -> None:
-        """Returns when every node waits for work: one that was without power or frozen is taken back first."""
-        deadline = time.monotonic() + 120
-        while len(self.idle()) < NODES:
-            assert time.monotonic() < deadline, self.run("sinfo", "--Node", "--long")
-            for node in self.run("sinfo", "--noheader", "--Node", "--states=down,drain", "--format=%N").split():
-                subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], env=self.environment, capture_output=True)
-            time.sleep(0.5)
-
 
 @dataclass
 class SlurmStage:
