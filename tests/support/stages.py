@@ -146,6 +146,17 @@ class Life:
     """Steps in which a gradient is NaN, by rank."""
 
 
+def run_ranks(command: Sequence[str], environment: Mapping[str, str], world: int = 2) -> None:
+    """A worker script as so many ranks, to their end; none is left where one fails or hangs."""
+    port = free_port()
+    ranks = [subprocess.Popen(command, env={**rank_environment(rank, world, port), **environment}) for rank in range(world)]
+    try:
+        assert {rank.wait(timeout=280) for rank in ranks} == {0}, "see what the ranks said"
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
 def live_together(lives: Sequence[Life], world: int = 2) -> None:
     """Lives in a row on ranks that are started once: where the command is not what is tested."""
     with tempfile.TemporaryDirectory() as folder:
@@ -153,11 +164,4 @@ def live_together(lives: Sequence[Life], world: int = 2) -> None:
         settings = [{"config": str(life.stage.config), "overrides": life.overrides, "nan_gradients": life.nan_gradients} for life in lives]
         jobs.write_text(json.dumps(settings))
         command = [sys.executable, str(Path(__file__).with_name("lives_worker.py")), str(jobs)]
-        port = free_port()
-        environments = [{**rank_environment(rank, world, port), "OMP_NUM_THREADS": "1"} for rank in range(world)]
-        ranks = [subprocess.Popen(command, env=environment) for environment in environments]
-        try:
-            assert {rank.wait(timeout=240) for rank in ranks} == {0}, "see the logs of the run directories"
-        finally:
-            for rank in ranks:
-                rank.kill()
+        run_ranks(command, {"OMP_NUM_THREADS": "1"}, world)

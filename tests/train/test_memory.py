@@ -2,7 +2,6 @@
 
 import json
 import random
-import subprocess
 import sys
 from itertools import product
 from pathlib import Path
@@ -13,12 +12,12 @@ import pytest
 import torch
 from batches import IMAGE_SIZE, IMAGE_TOKENS, batch_of, image, mixed_segments, text, tiny_config, tiny_model
 from memory_worker import COURSES
+from stages import run_ranks
 from train_worker import build
 
 from data_pipeline.errors import UserError
 from train import memory
 from train.config import Config
-from train.launch import free_port, rank_environment
 
 GROWTH_MIB = 60
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -43,10 +42,8 @@ def on_two_ranks(environment, tmp_path_factory) -> dict[str, Any]:
     jobs = {name: {"config": config_of(stage), "dtype": FORMATS[dtype], "batch": batch} for name, (stage, dtype) in ZERO.items()}
     torch.save(jobs, folder / "jobs.pt")
     worker = str(Path(__file__).parents[1] / "support" / "memory_worker.py")
-    port = free_port()
     command = [sys.executable, worker, str(folder / "jobs.pt"), str(folder / "out.json")]
-    ranks = [subprocess.Popen(command, env={**environment, **rank_environment(rank, 2, port)}) for rank in range(2)]
-    assert [rank.wait(timeout=280) for rank in ranks] == [0, 0]
+    run_ranks(command, {"OMP_NUM_THREADS": environment["OMP_NUM_THREADS"]})
     return json.loads((folder / "out.json").read_text())
 
 

@@ -3,7 +3,6 @@
 On the demo's real data, with uneven numbers of supervised tokens, ranks that never see an image, and empty packs.
 """
 
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from stages import stage_settings
+from stages import run_ranks, stage_settings
 from train_worker import build, optimizer_of
 
 from data_pipeline.batch import PackedBatch
@@ -21,7 +20,6 @@ from data_pipeline.plan.plan import Cursor
 from data_pipeline.read.materialise import Materialiser
 from train import configure
 from train.config import Config
-from train.launch import free_port, rank_environment
 from train.objective import scaled_loss
 from train.optim import set_lr
 
@@ -78,10 +76,8 @@ def under_deepspeed(jobs, environment, tmp_path_factory) -> dict[str, dict[str, 
     folder = tmp_path_factory.mktemp("ranks")
     torch.save(jobs, folder / "jobs.pt")
     worker = str(Path(__file__).parents[1] / "support" / "train_worker.py")
-    port = free_port()
     command = [sys.executable, worker, str(folder / "jobs.pt"), str(folder / "out.pt")]
-    ranks = [subprocess.Popen(command, env={**environment, **rank_environment(rank, 2, port)}) for rank in range(2)]
-    assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
+    run_ranks(command, {"OMP_NUM_THREADS": environment["OMP_NUM_THREADS"]})
     return torch.load(folder / "out.pt", weights_only=True)
 
 
