@@ -19,7 +19,8 @@ import torch
 from measure import SIZE, finish, throughput
 
 from data_pipeline.config import DataConfig, ImageConfig, SourceConfig
-from data_pipeline.loader import Loader, StepData, open_data
+from data_pipeline.loader import Loader, StepData
+from data_pipeline.opened import open_data
 from data_pipeline.plan.balance import CostModel
 from data_pipeline.plan.plan import Cursor
 from data_pipeline.processes import keep_freed_memory

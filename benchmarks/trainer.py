@@ -31,7 +31,8 @@ from data_pipeline.loader import Loader, StepData
 from train import configure, loop, optim
 from train.checkpoint import TrainState, Writer
 from train.config import Config
-from train.device import choose, prepare_deepspeed
+from train.device import choose
+from train.extensions import prepare_deepspeed
 from train.launch import free_port, rank_environment
 from train.objective import scaled_loss
 from train.ranks import Ranks, join

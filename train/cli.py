@@ -108,13 +108,14 @@ def _run(args: argparse.Namespace) -> int:
     for i, config in enumerate(configs):
         _check_stage(config, earlier=dirs[:i])
 
-    from train.device import prepare_deepspeed
+    from train.extensions import prepare_deepspeed, prepared
     from train.launch import run_stage
 
     procs = args.procs or _default_procs()
     for config in configs:
         configure.data_parallel(config, procs)
-    prepare_deepspeed()
+    if not prepared():
+        prepare_deepspeed()
     for config in configs:
         run = RunDir(config.run.dir)
         run.create()
@@ -152,11 +153,10 @@ def _check_stage(config: Config, earlier: list[str]) -> None:
     Raises:
         UserError: what is wrong, where, and the cure.
     """
-    from data_pipeline.loader import open_data
+    from data_pipeline.opened import open_data
     from data_pipeline.shards.source import ShardSource
     from train import configure
     from train.run_dir import RunDir
-    from train.weights import initial
 
     data = open_data(config.data, config.run.seed, config.train.steps)
     rows, words = config.model.decoder.vocab, data.tokenizer.size
@@ -170,7 +170,10 @@ def _check_stage(config: Config, earlier: list[str]) -> None:
         held_out["evaluate.text"] = config.evaluate.text
     for name, folder in held_out.items():
         ShardSource(name, folder).require_tokenizer(data.tokenizer.digest)
-    initial.check(config, earlier)
+    if configure.named_weights(config) and config.run.init_from not in earlier:
+        from train.weights import initial  # and with it torch and the model, which nothing else here waits for
+
+        initial.check(config)
     run = RunDir(config.run.dir)
     if run.config.exists():
         key = configure.shaping_difference(config, configure.read_resolved(run.path))
@@ -218,7 +221,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    from train.device import prepare_deepspeed
+    from train.extensions import prepare_deepspeed
 
     prepare_deepspeed()
     return EXIT_DONE

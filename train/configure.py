@@ -54,6 +54,19 @@ def read_resolved(run_dir: Path) -> Config:
     return load(file)
 
 
+def named_weights(config: Config) -> dict[str, str]:
+    """The folders that the stage's first weights come from, by the key that names each; none where all are fresh.
+
+    Raises:
+        UserError: two of them would give the same weights.
+    """
+    parts = {"model.decoder.weights": config.model.decoder.weights, "model.vision.weights": config.model.vision.weights}
+    given = {key: path for key, path in parts.items() if path}
+    if config.run.init_from and given:
+        raise UserError(f"run.init_from has all weights, and {' and '.join(given)} too (drop one: {next(iter(given))}=null)")
+    return {"run.init_from": config.run.init_from} if config.run.init_from else given
+
+
 def data_parallel(config: Config, world: int) -> int:
     """How many packs `world` ranks run at once: each sequence group is one of them.
 

@@ -1,13 +1,9 @@
-"""What the machine offers: the device, its fast number format, and DeepSpeed's compiled parts.
+"""What the machine offers: the device and its fast number format.
 
 Invariant: the choice is made once, by `describe`, and logged; nothing else asks the hardware.
 """
 
-import fcntl
-import os
 import resource
-import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,44 +50,6 @@ def choose(precision: Precision, local_rank: int) -> Device:
         return Device(device, torch.bfloat16 if fast else torch.float32, f"GPU {'has' if fast else 'lacks'} bf16")
     fast = "amx_bf16" in _cpu_flags()
     return Device(device, torch.bfloat16 if fast else torch.float32, f"processor {'has' if fast else 'lacks'} AMX")
-
-
-def prepare_deepspeed() -> None:
-    """Compiles DeepSpeed's CPU communication kernel, once a machine and visibly (about a minute; needs g++ and ninja).
-
-    Ranks that compile it themselves do so silently, and one killed while compiling leaves a lock on which every later start waits
-    for ever. Here the lock is the kernel's own (`flock`), which dies with its holder.
-    """
-    if torch.cuda.is_available():
-        return
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # a CUDA compiler without a GPU must not be taken for a GPU
-    # Always this environment's ninja: there may be no other, and one of another version hashes commands differently and compiles anew.
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default_extensions_dir())))
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "prepare.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        stamp = folder / f"prepared-{_versions()}"
-        if stamp.exists():
-            return
-        print("compiling DeepSpeed's CPU communication kernel, once on this machine (about a minute) ...", file=sys.stderr, flush=True)
-        for stale in folder.glob("deepspeed_shm_comm*"):
-            shutil.rmtree(stale, ignore_errors=True)
-        from deepspeed.comm.torch import build_shm_op
-
-        build_shm_op()
-        stamp.touch()
-
-
-def default_extensions_dir() -> Path:
-    """Inside the Python environment: an environment that is deleted takes what it compiled with it."""
-    return Path(sys.prefix) / "torch_extensions"
-
-
-def _versions() -> str:
-    from importlib.metadata import version
-
-    return f"deepspeed-{version('deepspeed')}-torch-{version('torch')}"
 
 
 def _cpu_flags() -> set[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime import compiler
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor, nn
 
@@ -26,6 +27,9 @@ from train.model.xcomposer2 import Losses
 from train.objective import scaled_loss
 from train.optim import set_lr
 from train.ranks import Ranks
+
+# Muon's kernels, which nothing here runs, would import all of torch's inductor when the engine is made: 2 seconds of every start.
+compiler.compile = lambda: lambda function: function
 
 Files = dict[Path, Any]
 """What belongs into which file, all of it on the CPU and nobody else's."""

@@ -14,7 +14,8 @@ import torch
 
 from data_pipeline.config import Change
 from data_pipeline.errors import EXIT_DONE, EXIT_NEEDS_PERSON, EXIT_TRY_AGAIN, TryAgainError
-from data_pipeline.loader import Data, Loader, StepData, open_data
+from data_pipeline.loader import Loader, StepData
+from data_pipeline.opened import Data, open_data
 from data_pipeline.part import fingerprint, part_of
 from data_pipeline.plan.origin import Cursor, Origin
 from data_pipeline.read import budget

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from data_pipeline.errors import UserError
-from data_pipeline.loader import Data, open_data
+from data_pipeline.opened import Data, open_data
 from data_pipeline.plan.plan import Cursor
 from data_pipeline.samples import Kind
 from train import configure, memory, optim

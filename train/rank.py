@@ -39,7 +39,10 @@ def run_rank(run_dir: Path) -> int:
 
     import torch.distributed as dist
 
-    from train.device import choose, prepare_deepspeed
+    from train.device import choose
+    from train.extensions import choose_accelerator, prepare_deepspeed
+
+    choose_accelerator()
     from train.loop import train
     from train.ranks import join
     from train.tracking.terminal import Terminal

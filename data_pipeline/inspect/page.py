@@ -14,7 +14,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import UserError
 from data_pipeline.inspect.packs import PackView
 from data_pipeline.inspect.patterns import patterns
-from data_pipeline.loader import Data
+from data_pipeline.opened import Data
 
 
 def render(template: str, **values: Any) -> str:

@@ -13,7 +13,7 @@ from data_pipeline.configure import load_data_view
 from data_pipeline.errors import UserError
 from data_pipeline.inspect import page
 from data_pipeline.inspect.packs import Viewer, walk
-from data_pipeline.loader import Data, open_data
+from data_pipeline.opened import Data, open_data
 from data_pipeline.plan.plan import Cursor
 from data_pipeline.plan.split import Pieces
 from data_pipeline.read.materialise import Materialiser

@@ -23,7 +23,8 @@ from data_pipeline.errors import UserError
 from data_pipeline.inspect import page
 from data_pipeline.inspect.history import StepRecord, find_step
 from data_pipeline.inspect.packs import PackView, Viewer, walk
-from data_pipeline.loader import Data, StepSampler, open_data
+from data_pipeline.loader import StepSampler
+from data_pipeline.opened import Data, open_data
 from data_pipeline.plan.balance import EMPTY
 from data_pipeline.plan.plan import Cursor, Packs
 from data_pipeline.read.killers import read_killers

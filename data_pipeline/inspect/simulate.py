@@ -19,7 +19,8 @@ from data_pipeline.config import DataConfig
 from data_pipeline.configure import load_data_view
 from data_pipeline.errors import UserError
 from data_pipeline.inspect.shuffle import OneShard, neighbour_distance, one_shard
-from data_pipeline.loader import Data, StepSampler, image_policy, open_data
+from data_pipeline.loader import StepSampler
+from data_pipeline.opened import Data, image_policy, open_data
 from data_pipeline.plan.balance import EMPTY, CostModel, cost
 from data_pipeline.plan.plan import Cursor, Packs
 from data_pipeline.plan.split import Pieces

@@ -17,7 +17,7 @@ from stage_yaml import write_stage
 from tars import make_image, make_pairs, overwrite, write_tar
 
 from data_pipeline.configure import load_data_view
-from data_pipeline.loader import open_data
+from data_pipeline.opened import open_data
 from data_pipeline.read.materialise import Materialiser
 from data_pipeline.shards.merge import merge
 from data_pipeline.shards.source import ShardSource

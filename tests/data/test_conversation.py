@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from data_pipeline.batch import IGNORE, Segment, assemble
 from data_pipeline.config import DataConfig, ImageConfig, MixUnit, SourceConfig
-from data_pipeline.loader import open_data
+from data_pipeline.opened import open_data
 from data_pipeline.plan.columns import ELEMENT, Budgets, ImagePolicy
 from data_pipeline.plan.split import split
 from data_pipeline.read.materialise import Materialiser

@@ -154,7 +154,7 @@ POLICY = ImageConfig(size=16, tokens=4, crop=0.5, jitter=0.5)
 def test_augmentation_is_a_function_of_seed_epoch_row_and_element(demo, tmp_path):
     from demo_data import data_config
 
-    from data_pipeline.loader import open_data
+    from data_pipeline.opened import open_data
     from data_pipeline.read.materialise import Materialiser
 
     data = open_data(data_config(demo.root, images=POLICY), 0)
@@ -369,7 +369,7 @@ def test_the_fast_decoder_reads_what_pillow_reads(data):
 def test_the_decoder_is_part_of_the_plan(demo):
     from demo_data import data_config
 
-    from data_pipeline.loader import open_data
+    from data_pipeline.opened import open_data
 
     digests = {open_data(data_config(demo.root, images=ImageConfig(size=32, tokens=4, decoder=d)), 0).plan.digest for d in ImageDecoder}
     assert len(digests) == 2

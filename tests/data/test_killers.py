@@ -12,7 +12,8 @@ from demo_data import COSTS, SEED, START, data_config, segments_of
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import TryAgainError
-from data_pipeline.loader import Loader, StepData, open_data
+from data_pipeline.loader import Loader, StepData
+from data_pipeline.opened import open_data
 from data_pipeline.read import budget, materialise
 from data_pipeline.read.killers import AtWork, Killers, read_killers
 

@@ -14,7 +14,7 @@ from tars import overwrite
 
 from data_pipeline.config import ErrorConfig, SourceConfig
 from data_pipeline.errors import UserError
-from data_pipeline.loader import open_data
+from data_pipeline.opened import open_data
 from data_pipeline.read import budget
 from data_pipeline.read.ledger import BadEntry, Ledger, copy_index_damage, read_ledger
 from data_pipeline.shards.index import read_index, sidecar_path

@@ -21,7 +21,8 @@ from tars import cut, overwrite
 
 from data_pipeline.config import MixUnit, PhaseConfig
 from data_pipeline.errors import TryAgainError, UserError
-from data_pipeline.loader import StepData, open_data
+from data_pipeline.loader import StepData
+from data_pipeline.opened import open_data
 from data_pipeline.read import storage
 from data_pipeline.read.ledger import BadEntry
 from data_pipeline.read.materialise import Materialiser

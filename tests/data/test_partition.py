@@ -20,7 +20,7 @@ from data_pipeline.config import DataConfig, ImageConfig, ImageDecoder, ImageRul
 from data_pipeline.errors import UserError
 from data_pipeline.inspect.packs import Viewer, walk
 from data_pipeline.inspect.simulate import _Walk
-from data_pipeline.loader import image_policy, open_data
+from data_pipeline.opened import image_policy, open_data
 from data_pipeline.plan import partition
 from data_pipeline.plan.columns import ELEMENT
 from data_pipeline.plan.partition import NEWLINE, SEPARATOR, PartitionPolicy, content, grid_of, grids, layout, token_count

@@ -13,7 +13,7 @@ from tars import make_image, make_pairs, write_tar
 from data_pipeline.configure import load_data_view
 from data_pipeline.inspect.packs import Part, Viewer, walk
 from data_pipeline.inspect.patterns import Token, fold, patterns, tokens_of
-from data_pipeline.loader import open_data
+from data_pipeline.opened import open_data
 from data_pipeline.plan.plan import Cursor
 from data_pipeline.read import materialise
 from data_pipeline.read.materialise import Materialiser

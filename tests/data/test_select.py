@@ -19,7 +19,7 @@ from tars import cut, make_document, make_image, make_pairs, write_tar
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.errors import UserError
-from data_pipeline.loader import open_data
+from data_pipeline.opened import open_data
 from data_pipeline.plan.order import EpochOrder
 from data_pipeline.shards import fingerprint, selection
 from data_pipeline.shards.fingerprint import PHASH_BITS, phash, text_digest

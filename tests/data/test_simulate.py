@@ -14,7 +14,8 @@ from stage_yaml import write_stage
 from data_pipeline.configure import load_data_view
 from data_pipeline.inspect.shuffle import neighbour_distance, one_shard
 from data_pipeline.inspect.simulate import simulate
-from data_pipeline.loader import Loader, open_data
+from data_pipeline.loader import Loader
+from data_pipeline.opened import open_data
 from data_pipeline.plan.balance import cost
 
 COST = f"{COSTS.token},{COSTS.attention},{COSTS.image}"

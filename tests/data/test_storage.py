@@ -15,7 +15,7 @@ from web import WebServer
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.errors import TryAgainError, UserError
-from data_pipeline.loader import open_data
+from data_pipeline.opened import open_data
 from data_pipeline.read import remote as remote_module
 from data_pipeline.read.cache import RangeCache
 from data_pipeline.read.remote import Patience, RemotePath

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import UserError
-from data_pipeline.loader import open_data
+from data_pipeline.opened import open_data
 from data_pipeline.plan.columns import Budgets, ImagePolicy
 from data_pipeline.plan.split import split
 from data_pipeline.read.materialise import Materialiser

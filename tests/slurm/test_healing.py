@@ -28,6 +28,7 @@ STAND_INS = [name for name in SCENARIOS if name not in ("warning", "other node w
 ROUNDS, SEED = int(os.environ.get("SLURM_ROUNDS", "10")), int(os.environ.get("SLURM_SEED", random.randrange(10_000)))
 TURNS = [(name, turn) for name in SCENARIOS for turn in range(ROUNDS)]
 random.Random(SEED).shuffle(TURNS)
+HOLDING = str(Path(__file__).parents[1] / "support" / "holding")
 pytestmark = pytest.mark.timeout(900)  # a busy machine takes minutes to start a life
 
 
@@ -131,7 +132,8 @@ class Side:
         bare.mkdir()
         for tar in shards.glob("*.tar"):
             shutil.copy(tar, bare)
-        stage = self.stage("array", {})
+        stage, go = self.stage("array", {}), self._folder / "go"
+        stage.environment = {**stage.environment, "PYTHONPATH": HOLDING, "HELD_UNTIL": str(go)}
         command = ["array", "--tasks", "8", "--sbatch=--nodes=1", f"--logs={self._folder / 'logs'}", "--"]
         made = stage.command(*command, "xc-data", "index", str(bare), "--tokenizer", str(tokenizer))
         assert made.returncode == 0, made.stderr
@@ -139,6 +141,7 @@ class Side:
         stage.wait(lambda: bool(self._cluster.nodes_of(tasks)), 60, "a task")
         node = self._cluster.nodes_of(tasks)[0]
         self._cluster.call("crash", node)
+        go.touch()
         stage.notes |= {"state": stage.wait_for_end(self._cluster, merge), "tasks": tasks}
         self._cluster.call("boot", node)
         return bare, stage

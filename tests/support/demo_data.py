@@ -10,7 +10,8 @@ import torch
 
 from data_pipeline.batch import PackedBatch
 from data_pipeline.config import DataConfig, ImageConfig, MixUnit, SourceConfig
-from data_pipeline.loader import Data, Loader, StepData, open_data
+from data_pipeline.loader import Loader, StepData
+from data_pipeline.opened import Data, open_data
 from data_pipeline.plan.balance import CostModel
 from data_pipeline.plan.plan import Cursor
 from data_pipeline.read.ledger import BadEntry

@@ -11,7 +11,7 @@ import webdataset
 from tars import make_image
 
 from data_pipeline.config import DataConfig, ImageConfig, MixUnit, SourceConfig
-from data_pipeline.loader import open_data
+from data_pipeline.opened import open_data
 from data_pipeline.plan.plan import Cursor
 from data_pipeline.read.materialise import Materialiser
 from data_pipeline.samples import AnswerEndElement, Element, ImageElement, TextElement, TurnElement

@@ -1,21 +1,24 @@
-"""One of two ranks that live several lives in a row in one process group: `lives_worker.py JOBS.json`.
+"""One of the ranks that live the lives of many tests in one process group: each line of its input names a file of lives.
 
 Starting ranks costs far more than the steps of a test: where the command itself is not what is tested, lives share their ranks. Each life
-is `train` as a rank of `xc-train run` calls it, and leaves what that leaves: outcome, lives, logs.
+is `train` as a rank of `xc-train run` calls it, and leaves what that leaves: outcome, lives, logs. After each file the rank writes a byte
+to the file descriptor that it was given.
 """
 
 import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from train import configure, loop
 from train.device import choose
-from train.ranks import join
+from train.ranks import Ranks, join
 from train.run_dir import RunDir
 from train.tracking.terminal import Terminal
 from train.watchdog import Watchdog
@@ -37,30 +40,39 @@ def with_nan_gradients(steps: list[int], micro_steps: int):
     return broken
 
 
+def live(job: dict[str, Any], ranks: Ranks) -> None:
+    """One life."""
+    config = configure.load(job["config"], job["overrides"])
+    run = RunDir(config.run.dir)
+    if ranks.rank == 0:
+        run.create()
+        run.config.write_text(configure.to_yaml(config))
+    ranks.barrier()
+    log = os.open(run.logs / f"rank-{ranks.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    steps = job["nan_gradients"].get(str(ranks.rank), [])
+    patch = mock.patch.object(loop, "build_model", with_nan_gradients(steps, config.data.global_batch // ranks.world))
+    with patch, (run.logs / SAID if ranks.rank == 0 else Path(os.devnull)).open("w") as said:
+        watchdog = Watchdog(config.watchdog, run, ranks.rank, ranks.world)
+        device = choose(config.train.precision, ranks.rank)
+        ending = loop.train(config, run, ranks, device, Terminal(config.run.name, said), watchdog)
+        watchdog.close()
+    if ranks.rank == 0:
+        run.write_outcome(ending.code, ending.reason, ending.step)
+        run.end_life(ending.code, ending.reason, ending.step)
+    ranks.barrier()
+
+
 def main() -> None:
+    answers, linear = int(sys.argv[1]), F.linear
     ranks = join("gloo")
-    for job in json.loads(Path(sys.argv[1]).read_text()):
-        config = configure.load(job["config"], job["overrides"])
-        run = RunDir(config.run.dir)
-        if ranks.rank == 0:
-            run.create()
-            run.config.write_text(configure.to_yaml(config))
-        ranks.barrier()
-        log = os.open(run.logs / f"rank-{ranks.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.close(log)
-        steps = job["nan_gradients"].get(str(ranks.rank), [])
-        patch = mock.patch.object(loop, "build_model", with_nan_gradients(steps, config.data.global_batch // ranks.world))
-        with patch, (run.logs / SAID if ranks.rank == 0 else Path(os.devnull)).open("w") as said:
-            watchdog = Watchdog(config.watchdog, run, ranks.rank, ranks.world)
-            device = choose(config.train.precision, ranks.rank)
-            ending = loop.train(config, run, ranks, device, Terminal(config.run.name, said), watchdog)
-            watchdog.close()
-        if ranks.rank == 0:
-            run.write_outcome(ending.code, ending.reason, ending.step)
-            run.end_life(ending.code, ending.reason, ending.step)
-        ranks.barrier()
+    for line in sys.stdin:
+        for job in json.loads(Path(line.strip()).read_text()):
+            live(job, ranks)
+            F.linear = linear  # ZeRO-3 leaves its own behind, which sums in another order
+        os.write(answers, b".")
     dist.destroy_process_group()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from demo_data import SEED, data_config, packs_of_step, run_world
 
-from data_pipeline.loader import open_data
+from data_pipeline.opened import open_data
 from data_pipeline.plan.plan import Cursor
 
 

@@ -1,7 +1,9 @@
 """A stage at test size on the demo's real shards, and ways to run it: the real command, real ranks, real DeepSpeed."""
 
+import atexit
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -11,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
 
@@ -157,11 +159,57 @@ def run_ranks(command: Sequence[str], environment: Mapping[str, str], world: int
             rank.kill()
 
 
+class WarmRanks:
+    """Ranks that wait for lives (tests/support/lives_worker.py): starting them costs more than most lives of tests."""
+
+    _kept: ClassVar[dict[int, "WarmRanks"]] = {}
+
+    def __init__(self, world: int) -> None:
+        worker, port = str(Path(__file__).with_name("lives_worker.py")), free_port()
+        self._ranks, self._answers = [], []
+        for rank in range(world):
+            answers, answer = os.pipe()  # what libraries print goes to the rank's output
+            environment = {**rank_environment(rank, world, port), "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, worker, str(answer)]
+            self._ranks.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, pass_fds=[answer]))
+            self._answers.append(answers)
+            os.close(answer)
+        atexit.register(self.end)
+
+    @classmethod
+    def of(cls, world: int) -> "WarmRanks":
+        """So many ranks, started when first asked for; they end with the tests."""
+        if world not in cls._kept:
+            cls._kept[world] = cls(world)
+        return cls._kept[world]
+
+    def live(self, jobs: Path) -> None:
+        """Returns when all ranks have lived the lives of the file; where one dies or hangs, none is left."""
+        try:
+            for rank in self._ranks:
+                rank.stdin.write(f"{jobs}\n".encode())
+                rank.stdin.flush()
+            waiting, deadline = set(self._answers), time.monotonic() + 280
+            while waiting:
+                ready, _, _ = select.select(waiting, [], [], max(0.0, deadline - time.monotonic()))
+                assert ready and all(os.read(one, 1) for one in ready), "a rank died or hangs: see its log"
+                waiting.difference_update(ready)
+        except BaseException:
+            self._kept.pop(len(self._ranks), None)
+            self.end()
+            raise
+
+    def end(self) -> None:
+        """Leaves no process."""
+        for rank in self._ranks:
+            rank.kill()
+            rank.wait()
+
+
 def live_together(lives: Sequence[Life], world: int = 2) -> None:
-    """Lives in a row on ranks that are started once: where the command is not what is tested."""
+    """Lives in a row on ranks that all tests share: where the command is not what is tested."""
     with tempfile.TemporaryDirectory() as folder:
         jobs = Path(folder) / "jobs.json"
         settings = [{"config": str(life.stage.config), "overrides": life.overrides, "nan_gradients": life.nan_gradients} for life in lives]
         jobs.write_text(json.dumps(settings))
-        command = [sys.executable, str(Path(__file__).with_name("lives_worker.py")), str(jobs)]
-        run_ranks(command, {"OMP_NUM_THREADS": "1"}, world)
+        WarmRanks.of(world).live(jobs)

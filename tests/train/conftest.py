@@ -15,7 +15,7 @@ from data_pipeline.errors import EXIT_DONE
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Where ranks of tests run: one thread each, the extensions that `make install` compiled."""
-    from train.device import prepare_deepspeed
+    from train.extensions import prepare_deepspeed
 
     prepare_deepspeed()
     return {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}

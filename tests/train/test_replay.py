@@ -14,7 +14,8 @@ from tars import overwrite
 from data_pipeline import jsonl
 from data_pipeline.errors import EXIT_DONE, UserError
 from data_pipeline.inspect.replay import Step, open_step
-from data_pipeline.loader import Loader, StepData, open_data
+from data_pipeline.loader import Loader, StepData
+from data_pipeline.opened import open_data
 from data_pipeline.plan.plan import Cursor
 from train import checkpoint, configure
 from train.config import Config

@@ -15,7 +15,7 @@ from stages import run_ranks, stage_settings
 from train_worker import build, optimizer_of
 
 from data_pipeline.batch import PackedBatch
-from data_pipeline.loader import open_data
+from data_pipeline.opened import open_data
 from data_pipeline.plan.plan import Cursor
 from data_pipeline.read.materialise import Materialiser
 from train import configure

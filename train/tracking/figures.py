@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from data_pipeline.loader import Data
+from data_pipeline.opened import Data
 from train.config import Config
 from train.tracking.trackers import Metrics
 

@@ -101,7 +101,7 @@ def _final(run: RunDir, model: XComposer2) -> Weights:
 
 
 def _checkpointed(folder: Path, config: Config, model: XComposer2) -> Weights:
-    from train.device import prepare_deepspeed
+    from train.extensions import prepare_deepspeed
 
     prepare_deepspeed()
     from train.weights.checkpointed import Trained  # imports DeepSpeed, which only checkpoints need

@@ -9,7 +9,7 @@ converted and placed before the next one.
 """
 
 import hashlib
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 
 from data_pipeline.errors import UserError
 from train.config import Config
+from train.configure import named_weights
 from train.model.xcomposer2 import XComposer2
 from train.weights import clip, final, hub, internlm2, llama, official
 from train.weights.hub import HubFolder
@@ -43,22 +44,14 @@ class Source:
     """Values of its config.json that are not the model's."""
 
 
-def check(config: Config, earlier: Container[str] = ()) -> None:
+def check(config: Config) -> None:
     """Refuses weights that do not fit the model, before anything is started.
-
-    Args:
-        config: of the stage.
-        earlier: run directories of stages that will be finished first.
 
     Raises:
         UserError: a folder that holds no such weights, or a table of what does not fit.
     """
-    model_config = config.model
-    if config.run.init_from in earlier or not (config.run.init_from or model_config.decoder.weights or model_config.vision.weights):
-        _require_one(config)
-        return
     with torch.device("meta"):
-        model = XComposer2(model_config, config.data.images.size, config.data.images.tokens)
+        model = XComposer2(config.model, config.data.images.size, config.data.images.tokens)
     for source in sources(config, model):
         fits(source.entries, source.folder, source.key, source.ignored, source.differing)
 
@@ -69,8 +62,7 @@ def digest(config: Config) -> str | None:
     A run's come from its manifest. Of a Hugging Face directory, names, sizes and samples spread over each file are hashed: a change of a
     few bytes between them goes unseen, and nobody waits for 15 GB.
     """
-    named = [config.run.init_from, config.model.decoder.weights, config.model.vision.weights]
-    found = [final.digest(path) if final.is_run(path) else _fingerprint(Path(path)) for path in named if path]
+    found = [final.digest(path) if final.is_run(path) else _fingerprint(Path(path)) for path in named_weights(config).values()]
     return hashlib.sha256("".join(found).encode()).hexdigest() if len(found) > 1 else next(iter(found), None)
 
 
@@ -95,19 +87,8 @@ def sources(config: Config, model: XComposer2) -> list[Source]:
     Raises:
         UserError: a folder cannot be read, or is of another kind than its key asks for.
     """
-    _require_one(config)
-    named = (
-        ("run.init_from", config.run.init_from, _whole),
-        ("model.decoder.weights", config.model.decoder.weights, _decoder),
-        ("model.vision.weights", config.model.vision.weights, _vision),
-    )
-    return [make(key, path, config, model) for key, path, make in named if path]
-
-
-def _require_one(config: Config) -> None:
-    given = [f"model.{part}.weights" for part in ("decoder", "vision") if getattr(config.model, part).weights]
-    if config.run.init_from and given:
-        raise UserError(f"run.init_from has all weights, and {' and '.join(given)} too (drop one: {given[0]}=null)")
+    make = {"run.init_from": _whole, "model.decoder.weights": _decoder, "model.vision.weights": _vision}
+    return [make[key](key, path, config, model) for key, path in named_weights(config).items()]
 
 
 def _whole(key: str, path: str, config: Config, model: XComposer2) -> Source:
