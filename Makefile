@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 
-.PHONY: install demo test test-train test-others check soak bench bench-peers gpu-check small-weights small-data clean
+.PHONY: install demo test test-lives test-train test-others check soak bench bench-peers gpu-check small-weights small-data clean
 install: $(READY)
 
 $(READY): setup.py
@@ -17,12 +17,15 @@ $(READY): setup.py
 demo: $(READY)
 	$(BIN)/python examples/demo/demo.py
 
-# Side by side: the tests that train, and the others, which wait for Slurm or need one core.
+# Side by side, since each stream waits a good part of its time: for ranks to start, for Slurm, for a disk.
 test: $(READY)
-	@$(MAKE) --no-print-directory --jobs 2 test-train test-others
+	@$(MAKE) --no-print-directory --jobs 3 test-lives test-train test-others
+
+test-lives: $(READY)
+	@$(BIN)/python -m pytest tests/train/lives
 
 test-train: $(READY)
-	@$(BIN)/python -m pytest tests/train
+	@$(BIN)/python -m pytest tests/train --ignore tests/train/lives
 
 test-others: $(READY)
 	@$(BIN)/python -m pytest --ignore tests/train

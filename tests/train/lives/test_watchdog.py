@@ -14,7 +14,7 @@ from train.launch import MUTE_S, Pulse
 from train.run_dir import RunDir, write_json
 from train.watchdog import TICK_S, Watchdog
 
-HANGING = str(Path(__file__).parents[1] / "support" / "hanging")
+HANGING = str(Path(__file__).parents[2] / "support" / "hanging")
 LIMIT_S = 8
 
 

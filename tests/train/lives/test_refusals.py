@@ -13,7 +13,7 @@ from data_pipeline import jsonl
 from data_pipeline.errors import EXIT_DONE, EXIT_USER
 from train.cli import main
 
-JUMPING = str(Path(__file__).parents[1] / "support" / "jumping")
+JUMPING = str(Path(__file__).parents[2] / "support" / "jumping")
 
 
 @pytest.fixture

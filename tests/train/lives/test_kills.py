@@ -1,6 +1,6 @@
 """A run that is killed a hundred times, at random moments, ends bitwise as the one that was never interrupted.
 
-`KILLS=10` makes it shorter, `SEED` moves the kills. tests/train/test_resume.py has the form of `make test`.
+`KILLS=10` makes it shorter, `SEED` moves the kills. tests/train/lives/test_resume.py has the form of `make test`.
 """
 
 import os
