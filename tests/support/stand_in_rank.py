@@ -33,8 +33,8 @@ class Peers:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self._rank = rank
         if rank == 0:
-            with socket.create_server(address) as server:
-                self._others = [server.accept()[0] for _ in range(world - 1)]
+            self._server = socket.create_server(address)  # kept, as torch's store is: a frozen life goes on listening
+            self._others = [self._server.accept()[0] for _ in range(world - 1)]
         else:
             deadline = time.monotonic() + 60
             while True:
