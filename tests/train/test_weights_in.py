@@ -264,7 +264,7 @@ def test_a_folder_of_another_kind_is_refused_with_the_key_it_belongs_to(folders,
     assert "neither a run nor" in complaint(config)
     config = stage_config()
     config.model.vision.weights = str(folders / "llama")
-    assert "no CLIP vision tower" in complaint(config)
+    assert "no vision tower of CLIP or DINOv2" in complaint(config)
     config.model.vision.name, config.model.vision.patch = "vit_tiny_patch16_224", 16
     config.model.vision.weights, config.data.images.size, config.data.images.tokens = str(folders / "clip"), 64, 16
     assert "is not CLIP's tower" in complaint(config)
