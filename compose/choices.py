@@ -1,0 +1,92 @@
+"""Questions with lettered answers out of a JSONL, a question a line, in the layout of MMBench or of SEED-Bench.
+
+Invariant: a file is read whole and checked before a model is loaded; what is wrong with it is one line that names the line.
+"""
+
+import base64
+import binascii
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compose import pictures, prompts
+from compose.assistant import Parts
+from compose.pictures import Picture
+from data_pipeline.errors import UserError
+
+LETTERS = "ABCDEFGH"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question."""
+
+    name: str
+    category: str
+    parts: Parts
+    """What the model is asked."""
+    options: int
+    answer: int
+    """Number of the right option."""
+
+
+def read(file: Path) -> list[Question]:
+    """The questions of a file.
+
+    Raises:
+        UserError: it cannot be read, or a line is no such question.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"cannot read {file.absolute()}: {reason} (give a JSONL of questions)") from None
+    found = [_question(line, file, number) for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise UserError(f"no question in {file.absolute()} (give a JSONL of questions)")
+    return found
+
+
+def _question(line: str, file: Path, number: int) -> Question:
+    where = f"{file.absolute()}, line {number}"
+    try:
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            raise ValueError("no object")
+        seed = "choice_a" in row
+        options = [row.get(f"choice_{letter.lower()}" if seed else letter) for letter in LETTERS]
+        options = [str(option) for option in options if option is not None and option == option and option != ""]  # NaN: no such option
+        name, category = ("question_id", "question_type_id") if seed else ("index", "category")
+        image = _picture(row, file, where, seed)
+        words = prompts.letter("\n".join(filter(None, (_words(row.get("hint")), str(row["question"])))), options)
+        return Question(str(row.get(name, number)), str(row.get(category, "-")), [*image, words], len(options), _answer(row, options))
+    except (ValueError, KeyError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{where}: {what} (see xc-compose eval --help for the layout)") from None
+
+
+def _answer(row: dict[str, Any], options: list[str]) -> int:
+    answer = str(row["answer"]).strip().upper()
+    if len(options) < 2 or len(answer) != 1 or answer not in LETTERS[: len(options)]:
+        raise ValueError(f"the answer {answer!r} is none of {len(options)} options")
+    return LETTERS.index(answer)
+
+
+def _picture(row: dict[str, Any], file: Path, where: str, seed: bool) -> list[Picture]:
+    """Of SEED a file beside the JSONL (`data_id`); of MMBench that, or base64 (`image`)."""
+    if row.get("data_type", "image") != "image":
+        raise ValueError(f"it is about a {row['data_type']}, not an image")
+    value = _words(row.get("data_id" if seed else "image"))
+    if not value:
+        return []
+    if value.lower().endswith(pictures.EXTENSIONS):
+        return pictures.read([file.parent / value])
+    try:
+        return [pictures.decoded("image", base64.b64decode(value, validate=True), f"the image of {where}")]
+    except binascii.Error:
+        raise ValueError("its image is neither base64 nor the name of a file") from None
+
+
+def _words(value: object) -> str:
+    return value.strip() if isinstance(value, str) else ""
