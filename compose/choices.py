@@ -7,6 +7,7 @@ import base64
 import binascii
 import json
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -38,32 +39,46 @@ def read(file: Path) -> list[Question]:
         UserError: it cannot be read, or a line is no such question.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise UserError(f"cannot read {file.absolute()}: {reason} (give a JSONL of questions)") from None
-    found = [_question(line, file, number) for number, line in enumerate(lines, 1) if line.strip()]
+    images: dict[str, str] = {}
+    found = [_question(line, file, number, images) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise UserError(f"no question in {file.absolute()} (give a JSONL of questions)")
     return found
 
 
-def _question(line: str, file: Path, number: int) -> Question:
+def _question(line: str, file: Path, number: int, images: dict[str, str]) -> Question:
+    """`images`: those of the lines before by their index, which MMBench gives in place of a picture that it repeats."""
     where = f"{file.absolute()}, line {number}"
     try:
         row = json.loads(line)
         if not isinstance(row, dict):
             raise ValueError("no object")
         seed = "choice_a" in row
-        options = [row.get(f"choice_{letter.lower()}" if seed else letter) for letter in LETTERS]
-        options = [str(option) for option in options if option is not None and option == option and option != ""]  # NaN: no such option
+        given = (row.get(f"choice_{letter.lower()}" if seed else letter) for letter in LETTERS)
+        options = [str(option) for option in takewhile(_is_option, given)]
         name, category = ("question_id", "question_type_id") if seed else ("index", "category")
-        image = _picture(row, file, where, seed)
+        image = _words(row.get("data_id" if seed else "image"))
+        image = images.setdefault(str(row.get("index", where)), images.get(image, image))
         words = prompts.letter("\n".join(filter(None, (_words(row.get("hint")), str(row["question"])))), options)
-        return Question(str(row.get(name, number)), str(row.get(category, "-")), [*image, words], len(options), _answer(row, options))
+        return Question(
+            str(row.get(name, number)),
+            str(row.get(category, "-")),
+            [*_picture(row, image, file, where), words],
+            len(options),
+            _answer(row, options),
+        )
     except (ValueError, KeyError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{where}: {what} (see xc-compose eval --help for the layout)") from None
+
+
+def _is_option(value: object) -> bool:
+    """Not one of the ways that a table has of saying that there is none: null, NaN, nothing."""
+    return value is not None and value == value and value != ""
 
 
 def _answer(row: dict[str, Any], options: list[str]) -> int:
@@ -73,17 +88,16 @@ def _answer(row: dict[str, Any], options: list[str]) -> int:
     return LETTERS.index(answer)
 
 
-def _picture(row: dict[str, Any], file: Path, where: str, seed: bool) -> list[Picture]:
-    """Of SEED a file beside the JSONL (`data_id`); of MMBench that, or base64 (`image`)."""
+def _picture(row: dict[str, Any], image: str, file: Path, where: str) -> list[Picture]:
+    """A file beside the JSONL, or base64."""
     if row.get("data_type", "image") != "image":
         raise ValueError(f"it is about a {row['data_type']}, not an image")
-    value = _words(row.get("data_id" if seed else "image"))
-    if not value:
+    if not image:
         return []
-    if value.lower().endswith(pictures.EXTENSIONS):
-        return pictures.read([file.parent / value])
+    if image.lower().endswith(pictures.EXTENSIONS):
+        return pictures.read([file.parent / image])
     try:
-        return [pictures.decoded("image", base64.b64decode(value, validate=True), f"the image of {where}")]
+        return [pictures.decoded("image", base64.b64decode(image, validate=True), f"the image of {where}")]
     except binascii.Error:
         raise ValueError("its image is neither base64 nor the name of a file") from None
 

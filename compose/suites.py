@@ -233,7 +233,6 @@ def _composition(checkpoint: Path, data: Path | None, base: Path | None) -> Meas
 
 
 _SUITES = {"captions": _captions, "text": _text, "choices": _choices, "composition": _composition}
-NAMES = tuple(_SUITES)
 
 
 def _evaluated(checkpoint: Path) -> Any:

@@ -74,14 +74,17 @@ def test_both_layouts_are_read_and_the_likeliest_letter_is_judged(assistant, run
     rows = [
         {**mmbench, "category": "colour", "image": base64.b64encode(make_image()).decode()},
         {**mmbench, "category": "colour", "image": "red.png", "answer": "B"},
+        {**mmbench, "index": 8, "category": "again", "image": "7"},
         {"question_id": "s1", "question_type_id": 3, "question": "Which?", "choice_a": "a", "choice_b": "b", "choice_c": "c"}
         | {"choice_d": "d", "answer": "D", "data_id": "red.png", "data_type": "image"},
     ]
     file = tmp_path / "questions.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    first, second, third = choices.read(file)
+    first, second, again, third = choices.read(file)
     picture, words = first.parts
-    assert isinstance(picture, Picture) and picture.data == make_image() == second.parts[0].data == third.parts[0].data
+    assert (
+        isinstance(picture, Picture) and picture.data == make_image() == second.parts[0].data == third.parts[0].data == again.parts[0].data
+    )
     assert words == "Look.\nWhat colour?\nA. red\nB. blue\nAnswer with one letter."
     assert [(q.options, q.answer, q.category) for q in (first, second, third)] == [(2, 0, "colour"), (2, 1, "colour"), (4, 3, "3")]
 
@@ -95,7 +98,7 @@ def test_both_layouts_are_read_and_the_likeliest_letter_is_judged(assistant, run
     by_name = {row["figure"]: row for row in table["rows"]}
     assert by_name["colour"]["value"] == 0.5, "one question, asked with either answer"
     assert suites.run("choices", run_dir, file, None).tables[0].rows[0].value == by_name["all"]["value"]
-    assert by_name["all"]["beside"] == pytest.approx((1 / 2 + 1 / 2 + 1 / 4) / 3)
+    assert by_name["all"]["beside"] == pytest.approx((3 / 2 + 1 / 4) / 4)
     assert (a > b) == (assistant.likeliest(ask(*first.parts), "AB") == 0)
     assert said.startswith((tmp_path / "out.md").read_text())
     assert "out.json exists" in refused(capsys, run_dir, "--suite", "choices", "--data", file, "-o", tmp_path / "out.json")
