@@ -56,10 +56,11 @@ def test_pairs_that_share_a_caption_or_a_picture_stay_on_one_side():
             assert item["candidates"][item["answer"]] == item["caption"]
 
 
-def test_held_out_pages_share_no_picture_caption_or_paragraph_with_training():
+def test_held_out_pages_share_no_picture_caption_or_paragraph_with_training(monkeypatch):
     from packages import Document, Figure, Pair
     from small_data import split_documents, unseen_paragraphs
 
+    monkeypatch.setattr("small_data.HELD_OUT_DOCUMENTS", 40)
     words = "one two three four five six"
     pages = [
         Document(f"p-{i}", [f"Title {i}", f"{words} {i}", "Six words that all pages have.", Figure(drawing(i), f"F {i}")])
