@@ -106,22 +106,26 @@ def _write(assistant: Assistant, article: Article, references: Sequence[Picture]
 
 def _choose_lines(assistant: Assistant, article: Article, most: int) -> list[int]:
     most = min(most, len(article.lines))
-    for words in SHOWN_WORDS:
-        parts = prompts.choose_lines(article.lines, most, words)
-        if _fits(assistant, parts):
-            said = _answer(assistant, parts)
-            read = prompts.read_lines(said.text, len(article.lines), most)
-            return _note(article, "choose lines", parts, said, read, None)
-    read = Read(prompts.spread(len(article.lines), most), "the lines do not fit the model's context; spread evenly over the lines")
-    return _note(article, "choose lines", parts, None, read, None)
+    parts = ask_for_lines(assistant, article.lines, most)
+    if parts is None:
+        read = Read(prompts.spread(len(article.lines), most), "the lines do not fit the model's context; spread evenly over the lines")
+        return _note(article, "choose lines", prompts.choose_lines(article.lines, most, SHOWN_WORDS[-1]), None, read, None)
+    said = answer(assistant, parts)
+    return _note(article, "choose lines", parts, said, prompts.read_lines(said.text, len(article.lines), most), None)
+
+
+def ask_for_lines(assistant: Assistant, lines: Sequence[str], most: int) -> Parts | None:
+    """The question for lines that a picture fits, with as much of each line as fits the context; None where nothing does."""
+    asked = (prompts.choose_lines(lines, most, words) for words in SHOWN_WORDS)
+    return next((parts for parts in asked if fits(assistant, parts)), None)
 
 
 def _caption(assistant: Assistant, article: Article, line: int) -> str:
-    parts = _longest(assistant, article.before(line), lambda before: prompts.caption(article.title, before))
+    parts = longest(assistant, article.before(line), lambda before: prompts.caption(article.title, before))
     if parts is None:
         read = Read(article.lines[line][: prompts.CAPTION_CHARACTERS], "the line does not fit the model's context; took the line itself")
         return _note(article, "caption", prompts.caption(article.title, []), None, read, line)
-    said = _answer(assistant, parts)
+    said = answer(assistant, parts)
     return _note(article, "caption", parts, said, prompts.read_caption(said.text, article.lines[line]), line)
 
 
@@ -129,10 +133,10 @@ def _choose(assistant: Assistant, article: Article, line: int, words: str, candi
     """Number of the candidate. Where not all of them fit the context, the nearest by caption that do are shown."""
     for count in range(len(candidates), 1, -1):
         shown = candidates[:count]
-        parts = _longest(assistant, article.before(line), lambda before, shown=shown: prompts.choose(article.title, before, words, shown))
+        parts = longest(assistant, article.before(line), lambda before, shown=shown: prompts.choose(article.title, before, words, shown))
         if parts is None:
             continue
-        said = _answer(assistant, parts)
+        said = answer(assistant, parts)
         read = prompts.read_choice(said.text, count)
         if read.value is None:
             read = Read(assistant.likeliest(ask(*parts), prompts.OPTIONS[:count]), read.fallback)
@@ -143,20 +147,22 @@ def _choose(assistant: Assistant, article: Article, line: int, words: str, candi
     return _note(article, "choose", [], None, Read(0, why), line, candidates)
 
 
-def _longest(assistant: Assistant, before: Sequence[Placed], make: Callable[[Sequence[Placed]], Parts]) -> Parts | None:
+def longest(assistant: Assistant, before: Sequence[Placed], make: Callable[[Sequence[Placed]], Parts]) -> Parts | None:
     """The prompt over as many of the lines before a place as fit, the nearest ones; None where not even one does."""
     for first in range(len(before)):
         parts = make(before[first:])
-        if _fits(assistant, parts):
+        if fits(assistant, parts):
             return parts
     return None
 
 
-def _fits(assistant: Assistant, parts: Parts) -> bool:
+def fits(assistant: Assistant, parts: Parts) -> bool:
+    """Whether a question leaves room for a short answer."""
     return assistant.length(ask(*parts)) + SHORT_ANSWER <= assistant.context
 
 
-def _answer(assistant: Assistant, parts: Parts) -> Said:
+def answer(assistant: Assistant, parts: Parts) -> Said:
+    """A short, greedy answer to one question."""
     return assistant.answer(ask(*parts), SHORT_ANSWER, GREEDY)
 
 

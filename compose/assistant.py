@@ -16,13 +16,10 @@ from data_pipeline.read import images
 from data_pipeline.samples import AnswerEndElement, Element, ImageElement, Role, TextElement, TurnElement
 from data_pipeline.text.templates import Bounds, Rendered, chat_format, render
 from data_pipeline.text.tokenizer import Tokenizer
-from train import configure
 from train.config import Stage
-from train.device import choose
 from train.generate import GREEDY, Sampling, generate, next_logits
 from train.model.xcomposer2 import XComposer2
-from train.run_dir import RunDir
-from train.weights import final
+from train.weights.opened import Opened, open_model
 
 Parts = Sequence[str | Picture]
 """What one turn says, in order."""
@@ -76,6 +73,11 @@ class Assistant:
         answer = generate(self.model, [prompt], self.tokenizer, max_tokens, self._stop, sampling)[0]
         return Said(self.tokenizer.decode(answer.ids).strip(), answer.stopped)
 
+    def spoken(self, turns: Sequence[Turn], answer: str) -> Segment:
+        """The turns and an answer, which alone is supervised: what training shows."""
+        elements = [*_elements(turns), TextElement(answer), AnswerEndElement(last=True)]
+        return self._segment(turns, self._render(elements, last=True))
+
     def likeliest(self, turns: Sequence[Turn], options: Sequence[str]) -> int:
         """Which of the options' first tokens the model would rather begin its answer with."""
         logits = next_logits(self.model, [self._prompt(turns)], self.tokenizer)[0]
@@ -95,15 +97,18 @@ class Assistant:
             raise UserError("this is a checkpoint of stage language, which has seen no picture (take one of pretrain, sft or compose)")
 
     def _prompt(self, turns: Sequence[Turn]) -> Segment:
+        return self._segment(turns, self._render(_elements(turns)))
+
+    def _segment(self, turns: Sequence[Turn], rendered: Rendered) -> Segment:
         pictures = [part for turn in turns for part in turn.parts if isinstance(part, Picture)]
         if pictures:
             self.require_sight()
         seen = [images.load(picture.data, self.images, None) for picture in pictures]
         tiles = tuple(tile for picture in seen for tile in picture.tiles)
-        return Segment(self._render(_elements(turns)), tiles, 0, 0, tuple(grid for picture in seen for grid in picture.grids))
+        return Segment(rendered, tiles, 0, 0, tuple(grid for picture in seen for grid in picture.grids))
 
-    def _render(self, elements: Sequence[Element]) -> Rendered:
-        return render(elements, Bounds(0, 0, len(elements), 0, last=False), self.tokenizer, self._image_tokens)
+    def _render(self, elements: Sequence[Element], last: bool = False) -> Rendered:
+        return render(elements, Bounds(0, 0, len(elements), 0, last), self.tokenizer, self._image_tokens)
 
     def _image_tokens(self, element: ImageElement) -> int:
         return images.image_tokens(element.data, self.images)
@@ -115,20 +120,18 @@ def ask(*parts: str | Picture) -> list[Turn]:
 
 
 def load(checkpoint: Path) -> Assistant:
-    """The final weights of a run, on the device and in the number format that its config means here.
+    """The model of a run directory, of RUN/checkpoints/step-N, or of an exported folder.
 
     Raises:
-        UserError: no run directory, or an unfinished one.
+        UserError: as `open_model`.
     """
-    run = RunDir(checkpoint.parent if checkpoint.name == RunDir(checkpoint).final.name else checkpoint)
-    config = configure.read_resolved(run.path)
-    weights = final.digest(run.path)
-    device = choose(config.train.precision, 0)
-    model = XComposer2(config.model, config.data.images.size, config.data.images.tokens)
-    final.load_into(model, run.path)
-    tokenizer = Tokenizer(config.data.tokenizer)
-    model = model.to(device.torch_device, device.dtype)
-    return Assistant(model, tokenizer, config.data.images, config.data.context, config.run.stage, weights)
+    return of(open_model(checkpoint))
+
+
+def of(opened: Opened) -> Assistant:
+    """A model that was opened, to talk to."""
+    data = opened.config.data
+    return Assistant(opened.model, opened.tokenizer, data.images, data.context, opened.config.run.stage, opened.weights)
 
 
 def _elements(turns: Sequence[Turn]) -> list[Element]:
@@ -145,7 +148,7 @@ def _elements(turns: Sequence[Turn]) -> list[Element]:
             text = part.lstrip() if first else part
             text = text.rstrip() if last else text
             if text:
-                elements.append(TextElement(text))
+                elements.append(TextElement(text, supervised=turn.role is Role.assistant))
         if turn.role is Role.assistant:
             elements.append(AnswerEndElement(last=False))
         before = turn.role

@@ -48,6 +48,20 @@ def _parser() -> argparse.ArgumentParser:
     article.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.html", help="the page; FILE.json goes beside it")
     _add_sampling(article, max_tokens=768, temperature=0.7)
     article.set_defaults(run=_article)
+
+    suite = commands.add_parser(
+        "eval", help="ask a model questions with known answers", description=_EVAL, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    _add_checkpoint(suite)
+    suite.add_argument("--suite", required=True, choices=("captions", "text", "choices", "composition"), help="which questions")
+    suite.add_argument(
+        "--data", type=Path, metavar="PATH", help="where they are; captions and text: by default what the run's config names"
+    )
+    suite.add_argument(
+        "--base", type=Path, metavar="CHECKPOINT", help="text: the model to compare with (default: what the stage began from)"
+    )
+    suite.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="the tables as JSON; FILE.md goes beside it")
+    suite.set_defaults(run=_eval)
     return parser
 
 
@@ -57,13 +71,33 @@ the text of the .txt beside it, or else what its name says."""
 _ARTICLE = """The paper's five steps: the model writes, chooses lines that a picture fits, writes a caption for each, is shown four
 pictures that the captions find, and chooses. FILE.json keeps every question, its answer, and what was done where an answer did not fit.
 Needs a model that was trained to follow instructions: stage sft or compose."""
+_EVAL = """Prints tables in Markdown; each figure stands beside what guessing, or the base model, would give.
+
+  captions     held-out pairs with candidates.json: loss of the captions behind the right picture, a wrong one and none; which of ten
+               captions a picture makes likeliest (summed over its words); which of ten pictures makes a caption likeliest
+  text         held-out plain text: the loss, and its change against the base model
+  choices      questions in a JSONL, one a line: the likeliest letter. As in MMBench: index, question, hint, A, B, C, D, answer, category,
+               image (base64, or a file beside the JSONL); or as in SEED-Bench: question_id, question, choice_a ... choice_d, answer,
+               question_type_id, data_id (a file beside the JSONL)
+  composition  documents (OBELICS): the lines that their pictures follow, and the right caption and picture among those of three other
+               documents; a short line right behind a picture is its caption
+
+  xc-compose eval runs/demo/sft --suite captions
+  xc-compose eval runs/demo/sft --suite text --base runs/demo/language
+  xc-compose eval hub/my-xcomposer2 --suite choices --data mmbench_dev.jsonl -o mmbench.json
+  xc-compose eval runs/small/compose --suite composition --data runs/small/data/heldout/documents"""
 _CHAT = """A line is a turn; the path of a picture in it (jpg, png, webp; quoted if it has blanks) stands for the picture.
 The conversation is laid out as in the training data, with the turn tokens that the model's vocabulary has. Without a terminal, lines are
 read from standard input. /new forgets what was said."""
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a finished run directory, as xc-train leaves it")
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="a run directory, RUN/checkpoints/step-N, or a folder that xc-train export wrote",
+    )
 
 
 def _add_sampling(parser: argparse.ArgumentParser, max_tokens: int, temperature: float) -> None:
@@ -149,6 +183,18 @@ def _article(args: argparse.Namespace) -> int:
     print(f"{len(article.lines)} paragraphs, {len(article.pictures)} pictures; {replaced} of {len(article.steps)} steps carry a remark")
     print(f"steps: {record}")
     print(f"open {args.output.resolve()}")
+    return EXIT_DONE
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from compose import suites
+
+    suites.check_output(args.output)
+    result = suites.run(args.suite, args.checkpoint, args.data, args.base)
+    print(result.markdown(), end="")
+    if args.output:
+        suites.write(result, args.output)
+        print(f"\n{args.output}")
     return EXIT_DONE
 
 

@@ -48,11 +48,20 @@ def _read(path: Path) -> Picture:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"no picture at {path.absolute()}: {error.strerror} (check the path)") from None
+    return decoded(path.name, data, str(path.absolute()))
+
+
+def decoded(name: str, data: bytes, where: str) -> Picture:
+    """A picture from its bytes; `where` they stood is for the message.
+
+    Raises:
+        UserError: they do not decode.
+    """
     try:
         decode(data)
     except BadSample:
-        raise UserError(f"{path.absolute()} does not decode as a picture (give a whole {', '.join(e[1:] for e in EXTENSIONS)})") from None
-    return Picture(path.name, data)
+        raise UserError(f"{where} does not decode as a picture (give a whole {', '.join(e[1:] for e in EXTENSIONS)})") from None
+    return Picture(name, data)
 
 
 def data_uri(picture: Picture, side: int) -> str:

@@ -7,6 +7,7 @@ composition stage are to be made with the same functions.
 
 import re
 from collections.abc import Sequence
+from string import ascii_uppercase
 from typing import Any, NamedTuple
 
 from compose.assistant import Parts
@@ -143,6 +144,12 @@ def choose(title: str, before: Sequence[Placed], words: str, candidates: Sequenc
         parts += [f"{letter}. ", picture, "\n"]
     parts.append("Answer with one letter.")
     return parts
+
+
+def letter(question: str, options: Sequence[str]) -> str:
+    """Asks which of some lettered options is right."""
+    lettered = "\n".join(f"{name}. {option}" for name, option in zip(ascii_uppercase, options, strict=False))
+    return f"{question}\n{lettered}\nAnswer with one letter."
 
 
 def read_choice(answer: str, count: int) -> Read:

@@ -72,7 +72,7 @@ class VisionConfig:
     std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
     """Deviation of RGB in 0..1 (CLIP)."""
     weights: str | None = None
-    """Hugging Face folder of a CLIP whose tower this stage starts from; nothing = fresh weights, or those of run.init_from."""
+    """Hugging Face folder of a CLIP or DINOv2 whose tower this stage starts from; nothing = fresh weights, or those of run.init_from."""
 
 
 @dataclass

@@ -23,14 +23,12 @@ from data_pipeline.samples import ImageElement, TextElement
 from data_pipeline.shards.source import ShardSource
 from data_pipeline.text.templates import render, whole
 from data_pipeline.text.tokenizer import Tokenizer
-from train import configure
 from train.config import Config, Stage
-from train.device import choose
 from train.generate import greedy_captions
 from train.model.xcomposer2 import XComposer2
-from train.run_dir import RunDir, read_json, write_json
+from train.run_dir import RunDir, write_json
 from train.tracking.captions import Caption, data_uri
-from train.weights import final
+from train.weights.opened import of_run
 
 BATCH_TOKENS = 2048
 """Tokens of a batch of segments that are only scored."""
@@ -62,17 +60,14 @@ def evaluate_run(run_dir: Path) -> dict[str, Any]:
         UserError: the run is not finished, or held-out data is missing or not indexed.
     """
     run = RunDir(run_dir)
-    config = configure.read_resolved(run.path)
-    device = choose(config.train.precision, 0)
-    model = XComposer2(config.model, config.data.images.size, config.data.images.tokens)
-    final.load_into(model, run.path)
-    model = model.to(device.torch_device, device.dtype).eval()
-    scorer = Scorer(model, Tokenizer(config.data.tokenizer), config)
+    opened = of_run(run.path)
+    config = opened.config
+    scorer = Scorer(opened.model, opened.tokenizer, config)
     results: dict[str, Any] = {
-        "weights": final.digest(run.path),
-        "step": (read_json(run.final / final.MANIFEST) or {}).get("step"),
-        "dtype": str(device.dtype),
-        "plora_b_norm": _plora_b_norm(model),
+        "weights": opened.weights,
+        "step": opened.step,
+        "dtype": str(opened.dtype),
+        "plora_b_norm": _plora_b_norm(opened.model),
         "splits": {name: scorer.split(name, Path(folder)) for name, folder in config.evaluate.splits.items()},
         "text": scorer.text(Path(config.evaluate.text)) if config.evaluate.text else None,
     }
@@ -119,8 +114,8 @@ class Scorer:
             "nll_wrong": wrong.stderr(),
             "wrong_minus_right": sees.stderr(),
             "blind_minus_right": helps.stderr(),
-            "retrieval_of_10": _share_stderr(hits),
-            "greedy_exact": _share_stderr(exact),
+            "retrieval_of_10": share_stderr(hits),
+            "greedy_exact": share_stderr(exact),
         }
         by_hash = sorted(range(len(items)), key=lambda i: _by_hash(items[i]))
         figures["samples"] = [
@@ -140,17 +135,35 @@ class Scorer:
     def text(self, folder: Path) -> dict[str, Any]:
         """Loss on text alone, and a digest of all its logits: equal digests mean equal models, as far as text goes."""
         segments = self.texts(folder)
-        digest = hashlib.sha256()
-        with torch.no_grad():
-            for batch, _ in self._batches(segments):
-                digest.update(self.model.logits(batch)[: batch.supervised].float().cpu().numpy().tobytes())
         scores = self.score(segments)
         return {
             "nll": scores.mean(),
             "stderr": scores.stderr(),
             "tokens": int(scores.tokens.sum()),
-            "logits_sha256": digest.hexdigest(),
+            "logits_sha256": self.logits_digest(segments),
         }
+
+    @torch.no_grad()
+    def logits_digest(self, segments: Sequence[Segment]) -> str:
+        """SHA-256 of the logits before every supervised token."""
+        digest = hashlib.sha256()
+        for batch, _ in self._batches(segments):
+            digest.update(self.model.logits(batch)[: batch.supervised].float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def pictures_of_captions(self, name: str, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+        """For each item of a split, whether its caption is likeliest behind its own picture, and among how many.
+
+        The pictures are those of the item's candidate captions, of each the first that has it.
+        """
+        items, pixels = self._read_split(name, folder)
+        first = {item["caption"]: item["key"] for item in reversed(items)}
+        shown = [[(c == i["caption"], i["key"] if c == i["caption"] else first[c]) for c in i["candidates"] if c in first] for i in items]
+        asked = zip(items, shown, strict=True)
+        nll = self.score([self._segment(item["caption"], pixels[key]) for item, options in asked for _, key in options]).nll
+        counts = np.asarray([len(options) for options in shown])
+        parts = np.split(nll, np.cumsum(counts)[:-1])
+        return np.asarray([options[part.argmin()][0] for part, options in zip(parts, shown, strict=True)]), counts
 
     def texts(self, folder: Path) -> list[Segment]:
         """The segments of a held-out plain-text source."""
@@ -261,7 +274,8 @@ def _by_hash(item: dict[str, Any]) -> bytes:
     return hashlib.sha256(item["key"].encode()).digest()
 
 
-def _share_stderr(hits: np.ndarray) -> float:
+def share_stderr(hits: np.ndarray) -> float:
+    """Standard error of a share of hits."""
     share = float(hits.mean())
     return math.sqrt(share * (1 - share) / len(hits))
 

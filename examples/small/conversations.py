@@ -47,8 +47,7 @@ def of_pairs(pairs: Sequence[Pair], encode: Callable[[Image.Image], bytes]) -> I
         options = list(dict.fromkeys(o for o in others if o != pair.caption))[:3]
         at = number(f"{pair.key} place", len(options) + 1)
         options.insert(at, pair.caption)
-        lettered = "\n".join(f"{letter}. {option}" for letter, option in zip(prompts.OPTIONS, options, strict=False))
-        yield conversation(f"which-{pair.key}", [picture, f"Which caption fits?\n{lettered}\nAnswer with one letter."], prompts.OPTIONS[at])
+        yield conversation(f"which-{pair.key}", [picture, prompts.letter("Which caption fits?", options)], prompts.OPTIONS[at])
 
 
 def of_documents(documents: Sequence[Document]) -> Iterator[Sample]:

@@ -32,7 +32,7 @@ def drawing(seed: int, side: int = 60) -> Image.Image:
 
 
 def test_pairs_that_share_a_caption_or_a_picture_stay_on_one_side():
-    from packages import Pair
+    from packages import Document, Figure, Pair
     from small_data import candidates, concepts, split, thumb
 
     pairs = [Pair(f"a-{i}", f"thing {i}", drawing(i)) for i in range(40)]
@@ -44,7 +44,9 @@ def test_pairs_that_share_a_caption_or_a_picture_stay_on_one_side():
     import small_data
 
     small_data.HELD_OUT = 6
-    training, held_out = split(pairs)
+    page = Document("page", ["Title", "Thing 5", Figure(drawing(6, 90), "thing 7")])
+    training, held_out = split(pairs, [page])
+    assert {"a-5", "a-6", "a-7"} <= {p.key for p in training}, "a document tells them"
     assert len(training) + sum(map(len, held_out.values())) == len(pairs)
     for half, held in held_out.items():
         assert len(held) >= 6
@@ -52,6 +54,45 @@ def test_pairs_that_share_a_caption_or_a_picture_stay_on_one_side():
         assert not {thumb(p.image) for p in held} & {thumb(p.image) for p in training}
         for item in candidates(half, held):
             assert item["candidates"][item["answer"]] == item["caption"]
+
+
+def test_held_out_pages_share_no_picture_caption_or_paragraph_with_training(monkeypatch):
+    from packages import Document, Figure, Pair
+    from small_data import split_documents, unseen_paragraphs
+
+    monkeypatch.setattr("small_data.HELD_OUT_DOCUMENTS", 40)
+    words = "one two three four five six"
+    pages = [
+        Document(f"p-{i}", [f"Title {i}", f"{words} {i}", "Six words that all pages have.", Figure(drawing(i), f"F {i}")])
+        for i in range(60)
+    ]
+    twins = [Document("twin-a", ["A", Figure(drawing(80), "T a")]), Document("twin-b", ["B", Figure(drawing(80, 90), "T b")])]
+    named = [Document("named-a", ["A", Figure(drawing(81), "Same")]), Document("named-b", ["B", Figure(drawing(82), "same")])]
+    drawn = Document("drawn", ["A", Figure(drawing(83), None)])
+    training, held_out = split_documents([*pages, *twins, *named, drawn], [Pair("p", "x", drawing(83, 120)), Pair("q", "F 7", drawing(99))])
+    assert len(held_out) == 40 and len(training) == 25
+    assert {"twin-a", "twin-b", "named-a", "named-b", "drawn", "p-7"} <= {d.name for d in training}
+    paragraphs = [s["txt"] for s in unseen_paragraphs(held_out, training)]
+    assert len(paragraphs) == 40 and "Six words that all pages have." not in paragraphs
+
+
+@pytest.mark.parametrize("trained", ["a red apple", None])
+def test_a_build_that_trains_on_what_it_holds_out_ends(tmp_path, trained):
+    from packages import Pair
+    from small_data import HELD_OUT_SOURCES, TRAINING, check, pair_samples, write_shards
+
+    drawings = {seed: drawing(seed) for seed in (*range(8), 50)}
+
+    def side(folder: str, caption: str, seed: int) -> None:
+        write_shards(tmp_path / folder / "%06d.tar", pair_samples([Pair("a-1", caption, drawings[seed])]))
+
+    for number, folder in enumerate((*TRAINING, *HELD_OUT_SOURCES)):
+        side(folder, f"thing {number}", number)
+    check(tmp_path, {"a caption"})
+    side("pairs", trained or "other", 4 if trained is None else 50)
+    side("heldout/validation", "A red apple", 4)
+    with pytest.raises(SystemExit, match=r"heldout/validation: 0 pictures .*a red apple" if trained else "heldout/validation: 1 pictures"):
+        check(tmp_path, set())
 
 
 def test_conversations_are_samples_and_their_answers_stand_in_the_data():

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from conftest import Demo
 
 
-def write_run(demo: "Demo", folder: Path, stage: str = "sft", **data: Any) -> Path:
+def write_run(demo: "Demo", folder: Path, stage: str = "sft", vision: dict[str, Any] | None = None, **data: Any) -> Path:
     """A run directory as `xc-train run` leaves it, as far as its weights go."""
     settings = stage_settings(demo, folder)
     settings["run"]["stage"] = stage
     settings["data"].update({"context": 512, "images": {"size": 32, "tokens": 1}, **data})
+    settings["model"]["vision"] = vision or settings["model"]["vision"]
     run = RunDir(folder)
     run.create()
     run.config.write_text(yaml.safe_dump(settings))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
 
 from data_pipeline.config import DataConfig, ImageConfig
 from train.config import Config, DecoderConfig, ModelConfig, PLoRAConfig, ProjectorConfig, RunConfig, VisionConfig
@@ -60,6 +60,18 @@ def clip(size: int = SIZE) -> CLIPVisionModel:
     model = CLIPVisionModel(config).eval()
     for name, parameter in model.named_parameters():
         parameter.data.normal_(1.0 if "norm.weight" in name or "norm1.weight" in name else 0.0, 0.2)
+    return model
+
+
+def dinov2() -> Dinov2Model:
+    """The same as a DINOv2, whose layer scales matter."""
+    torch.manual_seed(2)
+    config = Dinov2Config(
+        hidden_size=32, mlp_ratio=2, num_hidden_layers=3, num_attention_heads=2, image_size=SIZE, patch_size=14, attn_implementation="eager"
+    )
+    model = Dinov2Model(config).eval()
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_(1.0 if name.endswith(("norm1.weight", "norm2.weight", "lambda1")) else 0.0, 0.2)
     return model
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from batches import batch_of
-from hub_folders import SIZE, as_bins, change, clip, llama, saved, stage_config
+from hub_folders import SIZE, as_bins, change, clip, dinov2, llama, saved, stage_config
 from safetensors.torch import save_file
 
 from data_pipeline.errors import UserError
@@ -39,6 +39,7 @@ def folders(tmp_path_factory):
     saved(llama(), root / "bins")
     as_bins(root / "bins")
     saved(clip(), root / "clip")
+    saved(dinov2(), root / "dinov2")
     assert len(list((root / "sharded").glob("*.safetensors"))) > 2
     return root
 
@@ -114,6 +115,30 @@ def test_vision_tower_is_transformers_clip_at_native_and_resampled_size(folders,
         close(layer.attn.qkv.weight.grad, torch.cat(parts))
         close(layer.mlp.fc1.bias.grad, theirs[f"encoder.layers.{i}.mlp.fc1.bias"])
     close(tower.vit.pos_embed.grad[0], theirs["embeddings.position_embedding.weight"])
+
+
+@pytest.mark.parametrize("block", [-1, 1])
+def test_vision_tower_is_transformers_dinov2(folders, block):
+    config = stage_config(block=block)
+    config.model.vision.name, config.model.vision.weights = "vit_small_patch14_dinov2", str(folders / "dinov2")
+    tower, reference = filled(config).vision, dinov2()
+    images = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.model.vision.mean, config.model.vision.std))
+    states = reference((images / 255 - mean) / std, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(tower(images), states[block % 3 + 1][:, 1:], atol=1e-5, rtol=1e-5)
+    config.data.images.size, config.data.images.tokens = 84, 36
+    assert filled(config).vision(torch.zeros(1, 3, 84, 84, dtype=torch.uint8)).shape == (1, 36, 32), "its position table is resampled"
+    config.model.vision.name = "vit_small_patch14_reg4_dinov2"
+    assert "is no DINOv2, it has reg_token" in complaint(config)
+
+
+def test_a_number_that_a_config_keeps_in_fp32_is_the_same_number(damaged):
+    folder, config = damaged()
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "rms_norm_eps": 9.999999747378752e-06}))
+    initial.check(config)
+    (folder / "config.json").write_text(json.dumps({**values, "rms_norm_eps": 1.1e-05}))
+    assert "rms_norm_eps" in complaint(config)
 
 
 def test_what_is_not_loaded_is_fresh_and_the_low_rank_output_is_zero(folders):
@@ -264,7 +289,7 @@ def test_a_folder_of_another_kind_is_refused_with_the_key_it_belongs_to(folders,
     assert "neither a run nor" in complaint(config)
     config = stage_config()
     config.model.vision.weights = str(folders / "llama")
-    assert "no CLIP vision tower" in complaint(config)
+    assert "no vision tower of CLIP or DINOv2" in complaint(config)
     config.model.vision.name, config.model.vision.patch = "vit_tiny_patch16_224", 16
     config.model.vision.weights, config.data.images.size, config.data.images.tokens = str(folders / "clip"), 64, 16
     assert "is not CLIP's tower" in complaint(config)

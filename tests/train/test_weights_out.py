@@ -18,6 +18,7 @@ from train.model.xcomposer2 import XComposer2
 from train.run_dir import RunDir
 from train.weights import final, hub, initial, official
 from train.weights.export import _config_json
+from train.weights.opened import open_model
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "examples/demo/tokenizer"
 FROZEN = [GroupRule("vision"), GroupRule("projector"), GroupRule("plora"), GroupRule(".*", trainable=False)]
@@ -201,6 +202,10 @@ def test_a_checkpoint_exports_the_same_weights_as_the_run_that_ended_there(stage
     ours, theirs = tensors_of(tmp_path / "run_out"), tensors_of(tmp_path / "checkpoint_out")
     assert ours.keys() == theirs.keys() and all(torch.equal(t, theirs[n]) for n, t in ours.items())
     assert any((t != 0).any() for n, t in ours.items() if "Plora_B" in n)
+    opened = [open_model(p) for p in (made.run.path, made.run.checkpoints / "step-00000002", tmp_path / "checkpoint_out")]
+    assert [o.step for o in opened] == [2, 2, None]
+    first, *others = (dict(o.model.named_parameters()) for o in opened)
+    assert all(torch.equal(p, other[name]) for other in others for name, p in first.items())
     if zero == 2:
         shutil.rmtree(made.run.final)
         assert xc_train("export", made.run.path, tmp_path / "none") == EXIT_USER

@@ -34,7 +34,7 @@ class Trained:
         self.dtype = getattr(torch, state.dtype.removeprefix("torch."))
         model = XComposer2(config.model, config.data.images.size, config.data.images.tokens)
         initial.fill(model, config)
-        model.to(self.dtype)
+        self.model = model.to(self.dtype)
         trained, _ = optim.resolve(model, config.train)
         self._parameters = {name: p.detach() for name, p in model.named_parameters()}
         found = _partitioned(folder) if state.zero_stage == 3 else _whole(folder)

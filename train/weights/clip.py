@@ -73,9 +73,10 @@ def _entry(ours: str, shape: Shape, prefix: str) -> Entry:
         bare = shape[1:] if table else shape[2:]
         return Entry(VIT + ours, {names[0]: bare}, lambda parts: parts[0].view(1, -1, shape[-1]), lambda p: [p.view(-1, *bare[1:])], table)
     if len(names) == 3:
-        return Entry(VIT + ours, dict.fromkeys(names, (shape[0] // 3, *shape[1:])), _stack, lambda stacked: list(stacked.chunk(3)))
+        return Entry(VIT + ours, dict.fromkeys(names, (shape[0] // 3, *shape[1:])), stack, lambda stacked: list(stacked.chunk(3)))
     return Entry(VIT + ours, {names[0]: shape})
 
 
-def _stack(parts: Sequence[Tensor]) -> Tensor:
+def stack(parts: Sequence[Tensor]) -> Tensor:
+    """Query, key and value, one below the other."""
     return torch.cat(list(parts))

@@ -22,7 +22,7 @@ from train import configure, optim
 from train.config import Config, Stage
 from train.model.xcomposer2 import XComposer2
 from train.run_dir import RunDir, fsync_tree, read_json
-from train.weights import card, final, hub, initial, official
+from train.weights import card, exported, final, hub, initial, official
 from train.weights.hub import HubFolder
 from train.weights.internlm2 import is_base
 from train.weights.mapping import Entry, fits
@@ -71,6 +71,7 @@ def export(path: Path, out: Path) -> None:
         partial.mkdir(parents=True)
         said = _write_weights(partial, entries, weights)
         (partial / "config.json").write_text(json.dumps(_config_json(config, weights.dtypes["head.weight"]), indent=2))
+        (partial / exported.FILE).write_text(exported.to_yaml(config))
         _copy_tokenizer(config, partial)
         (partial / "README.md").write_text(_card(run, config, weights, notes))
         fsync_tree(partial)

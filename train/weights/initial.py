@@ -2,7 +2,7 @@
 
     run.init_from           a run, or a released InternLM-XComposer2: the whole model
     model.decoder.weights   InternLM2 or a Llama: the decoder and its head; PLoRA and the projector start fresh
-    model.vision.weights    CLIP: the vision tower
+    model.vision.weights    CLIP or DINOv2: the vision tower
 
 Invariant: whether the folders fit is settled from headers before a process is started, and again by whoever loads; each tensor is read,
 converted and placed before the next one.
@@ -11,6 +11,7 @@ converted and placed before the next one.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ from data_pipeline.errors import UserError
 from train.config import Config
 from train.configure import named_weights
 from train.model.xcomposer2 import XComposer2
-from train.weights import clip, final, hub, internlm2, llama, official
+from train.weights import clip, dinov2, final, hub, internlm2, llama, official
 from train.weights.hub import HubFolder
 from train.weights.mapping import Entry, Row, fits, load
 
 SAMPLED = 64
 """Places of a file that its fingerprint reads."""
 SAMPLE_BYTES = 1 << 14
+TOWERS = {clip: "embeddings.class_embedding", dinov2: dinov2.CLASS}
+"""Formats of a vision tower, and the tensor that gives each away."""
 HARMLESS_SCALING = ("default", "dynamic")
 """RoPE scaling that changes nothing within the positions that the model was trained on."""
 
@@ -62,7 +65,7 @@ def digest(config: Config) -> str | None:
     A run's come from its manifest. Of a Hugging Face directory, names, sizes and samples spread over each file are hashed: a change of a
     few bytes between them goes unseen, and nobody waits for 15 GB.
     """
-    found = [final.digest(path) if final.is_run(path) else _fingerprint(Path(path)) for path in named_weights(config).values()]
+    found = [final.digest(path) if final.is_run(path) else fingerprint(Path(path)) for path in named_weights(config).values()]
     return hashlib.sha256("".join(found).encode()).hexdigest() if len(found) > 1 else next(iter(found), None)
 
 
@@ -120,19 +123,21 @@ def _decoder(key: str, path: str, config: Config, model: XComposer2) -> Source:
 
 
 def _vision(key: str, path: str, config: Config, model: XComposer2) -> Source:
-    folder = HubFolder(path, key)
-    embedding = "embeddings.class_embedding"
-    prefix = next((name.removesuffix(embedding) for name in folder.facts if name.endswith(embedding)), None)
-    if prefix is None:
-        raise UserError(f"{key}: {path} holds no CLIP vision tower: no {embedding} in it (give another folder)")
-    entries = clip.entries(model.shapes(), config.model.vision.name, prefix)
-    above = rf"{prefix}encoder\.layers\.({'|'.join(map(str, range(len(model.vision.vit.blocks), 1 << 8)))})\."
+    folder, name = HubFolder(path, key), config.model.vision.name
+    found = next(((t, n.removesuffix(c)) for t, c in TOWERS.items() for n in folder.facts if n.endswith(c)), None)
+    if found is None:
+        raise UserError(
+            f"{key}: {path} holds no vision tower of CLIP or DINOv2: neither {' nor '.join(TOWERS.values())} in it (give another folder)"
+        )
+    tower, prefix = found
+    entries = tower.entries(model.shapes(), name, prefix)
+    above = rf"{prefix}encoder\.layers?\.({'|'.join(map(str, range(len(model.vision.vit.blocks), 1 << 8)))})\."
     ours = {
-        "hidden_act": "quick_gelu" if "quickgelu" in config.model.vision.name else "gelu",
+        "hidden_act": "quick_gelu" if "quickgelu" in name else "gelu",
         "num_attention_heads": model.vision.vit.blocks[0].attn.num_heads,
     }
     theirs = folder.config.get("vision_config") or folder.config
-    return Source(key, folder, entries, f"({clip.IGNORED})|(^{above})", _differing(theirs, ours))
+    return Source(key, folder, entries, f"({tower.IGNORED})|(^{above})", _differing(theirs, ours))
 
 
 def _decoder_values(config: Config) -> dict[str, Any]:
@@ -150,14 +155,23 @@ def _differing(theirs: dict[str, Any], ours: dict[str, Any]) -> list[Row]:
     """Values that shapes do not tell and that would be wrong in silence."""
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     theirs = {"rope_theta": rope.get("rope_theta"), **theirs}
-    rows = [Row("wrong value", k, "config.json", f"{theirs[k]}, not {v}") for k, v in ours.items() if theirs.get(k) not in (None, v)]
+    given = {k: theirs[k] for k in ours if theirs.get(k) is not None}
+    rows = [Row("wrong value", k, "config.json", f"{v}, not {ours[k]}") for k, v in given.items() if not _same(v, ours[k])]
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if "rope_theta" in ours and kind not in HARMLESS_SCALING and float(rope.get("factor") or 1.0) != 1.0:
         rows.append(Row("wrong value", "rope scaling", "config.json", f"{kind}, which this decoder has not"))
     return rows
 
 
-def _fingerprint(folder: Path) -> str:
+def _same(theirs: Any, ours: Any) -> bool:
+    """Equal, as far as a number that was kept in fp32 can be."""
+    if isinstance(theirs, (int, float)) and isinstance(ours, (int, float)):
+        return isclose(theirs, ours, rel_tol=1e-6)
+    return bool(theirs == ours)
+
+
+def fingerprint(folder: Path) -> str:
+    """What the weights of a Hugging Face directory are known by; see `digest`."""
     digest = hashlib.sha256()
     files: Sequence[Path] = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") or p.name.endswith(".index.json"))
     for path in files:

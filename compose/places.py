@@ -1,0 +1,194 @@
+"""How well a model takes the steps of composition, asked about documents whose authors took them.
+
+Invariant: the questions are those of an article (compose/article.py); what the author did is the right answer, wrong ones come from other
+documents by the hash of the place's name, and a place whose question does not fit the context is counted, not asked.
+
+A document's first text is its title. A text of at most `prompts.CAPTION_CHARACTERS` characters, in one line, right behind a picture is
+that picture's caption; every other text is a line. A picture belongs to the line before it.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from compose import prompts
+from compose.article import answer, ask_for_lines, longest
+from compose.assistant import Assistant, Parts, ask
+from compose.pictures import Picture
+from compose.prompts import Placed
+from data_pipeline.errors import UserError
+from data_pipeline.read.storage import ShardReader
+from data_pipeline.samples import Element, ImageElement, Kind, TextElement, parse
+from data_pipeline.shards.source import ShardSource
+from data_pipeline.shards.tar import read_members
+from train.evaluate import Scorer
+
+LINES = 24
+"""Lines of a document that are used, from its beginning."""
+PLACES = 3
+"""Pictures of a document that are asked about, the first ones, so that long documents do not count for all."""
+OPTIONS = len(prompts.OPTIONS)
+
+
+@dataclass
+class Page:
+    """A document as the steps of composition see it."""
+
+    name: str
+    title: str
+    lines: list[str] = field(default_factory=list)
+    figures: dict[int, list[Picture]] = field(default_factory=dict)
+    """By the line that they follow; captions where there are any."""
+
+
+class Place(NamedTuple):
+    """A picture with a caption, and the line that it follows."""
+
+    page: Page
+    line: int
+    picture: Picture
+
+    @property
+    def name(self) -> str:
+        """Of the page and the line."""
+        return f"{self.page.name}-{self.line}"
+
+    def before(self) -> list[Placed]:
+        """The lines up to the place, with the pictures that stand before it."""
+        shown = self.page.lines[: self.line + 1]
+        found = [[(p, p.caption or "") for p in self.page.figures.get(i, [])[:1]] for i in range(self.line)]
+        return [Placed(line, pictures) for line, pictures in zip(shown, [*found, []], strict=True)]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a model did, by step."""
+
+    lines: np.ndarray
+    """F1 of the lines that it chose, by page."""
+    evenly: np.ndarray
+    """F1 of lines that are spread evenly, which is what an article falls back to."""
+    as_asked: np.ndarray
+    """Whether its answer was marks alone, by page."""
+    captions: np.ndarray
+    """Whether the author's caption was likelier than those of three other documents, by place."""
+    pictures: np.ndarray
+    """Whether it chose the author's picture among those of three other documents, by place."""
+    left_out: int
+    """Questions that did not fit the context."""
+
+
+def read(folder: Path) -> list[Page]:
+    """The pages of an indexed source of documents that have a picture behind a line.
+
+    Raises:
+        UserError: no such source, or too few captions in it to choose among.
+    """
+    source = ShardSource(folder.name, folder)
+    if source.kind is not Kind.document:
+        raise UserError(f"{folder.absolute()} is a source of kind {source.kind.value} (give one of documents)")
+    reader = ShardReader()
+    rows = source.kept(0, source.facts.kept)
+    pages = [_page(source.key(int(row)), parse(source.kind, read_members(reader.read(source.locate(int(row)))))) for row in rows]
+    pages = [page for page in pages if page.figures]
+    if len(_pool(places(pages))) < OPTIONS:
+        raise UserError(f"{folder.absolute()}: fewer than {OPTIONS} documents have a picture with a caption (give a larger source)")
+    return pages
+
+
+def places(pages: Sequence[Page]) -> list[Place]:
+    """The places that are asked about: the first picture behind a line, where it has a caption."""
+    return [
+        place
+        for page in pages
+        for place in [Place(page, line, found[0]) for line, found in sorted(page.figures.items()) if found[0].caption][:PLACES]
+    ]
+
+
+def measure(assistant: Assistant, scorer: Scorer, pages: Sequence[Page]) -> Found:
+    """Asks about all pages."""
+    f1, evenly, as_asked = [], [], []
+    left_out = 0
+    for page in pages:
+        right = sorted(page.figures)
+        parts = ask_for_lines(assistant, page.lines, len(right))
+        if parts is None:
+            left_out += 1
+            continue
+        chosen = prompts.read_lines(answer(assistant, parts).text, len(page.lines), len(right))
+        f1.append(_f1(chosen.value, right))
+        evenly.append(_f1(prompts.spread(len(page.lines), len(right)), right))
+        as_asked.append(chosen.fallback is None)
+    captions, pictures = [], []
+    pool = _pool(places(pages))
+    for place in places(pages):
+        options = [place.picture, *_others(place, pool)]
+        asked = longest(assistant, place.before(), lambda before, place=place: prompts.caption(place.page.title, before))
+        if asked is None:
+            left_out += 1
+        else:
+            captions.append(_caption_is_likeliest(assistant, scorer, asked, [str(o.caption) for o in options]))
+        order = sorted(options, key=lambda o, place=place: _hash(place.name, "order", o.digest))
+        parts = longest(assistant, place.before(), lambda before, place=place, order=order: _choose(place, before, order))
+        if parts is None:
+            left_out += 1
+        else:
+            pictures.append(order[assistant.likeliest(ask(*parts), prompts.OPTIONS)] is place.picture)
+    return Found(*map(np.asarray, (f1, evenly, as_asked, captions, pictures)), left_out)
+
+
+def _choose(place: Place, before: Sequence[Placed], order: Sequence[Picture]) -> Parts:
+    return prompts.choose(place.page.title, before, str(place.picture.caption), order)
+
+
+def _caption_is_likeliest(assistant: Assistant, scorer: Scorer, asked: Parts, captions: Sequence[str]) -> bool:
+    """By the mean over tokens: captions differ in length far more than in fit."""
+    scores = scorer.score([assistant.spoken(ask(*asked), caption) for caption in captions])
+    means = scores.nll / scores.tokens
+    return bool((means[0] < means[1:]).all())
+
+
+def _f1(chosen: Sequence[int], right: Sequence[int]) -> float:
+    return 2 * len(set(chosen) & set(right)) / (len(chosen) + len(right))
+
+
+def _pool(found: Sequence[Place]) -> dict[str, Picture]:
+    """A captioned picture of each page, by the page's name."""
+    return {place.page.name: place.picture for place in reversed(found)}
+
+
+def _others(place: Place, pool: dict[str, Picture]) -> list[Picture]:
+    """Pictures of three other pages, none the same picture or with the same caption."""
+    own = place.picture
+    found = sorted((name for name in pool if name != place.page.name), key=lambda name: _hash(place.name, "other", name))
+    return [pool[n] for n in found if pool[n].digest != own.digest and pool[n].caption != own.caption][: OPTIONS - 1]
+
+
+def _page(name: str, elements: Sequence[Element]) -> Page:
+    texts = [i for i, e in enumerate(elements) if isinstance(e, TextElement)]
+    page = Page(name, elements[texts[0]].text)
+    for number, element in enumerate(elements[texts[0] + 1 :], texts[0] + 1):
+        behind_picture = isinstance(elements[number - 1], ImageElement)
+        if isinstance(element, TextElement):
+            if behind_picture and _is_caption(element.text):
+                continue
+            if len(page.lines) == LINES:
+                break
+            page.lines.append(element.text)
+        elif isinstance(element, ImageElement) and page.lines:
+            following = elements[number + 1] if number + 1 < len(elements) else None
+            caption = following.text if isinstance(following, TextElement) and _is_caption(following.text) else None
+            page.figures.setdefault(len(page.lines) - 1, []).append(Picture(f"{name} {number}", element.data, caption))
+    return page
+
+
+def _is_caption(text: str) -> bool:
+    return len(text) <= prompts.CAPTION_CHARACTERS and "\n" not in text.strip()
+
+
+def _hash(*names: str) -> bytes:
+    return hashlib.sha256("/".join(names).encode()).digest()
