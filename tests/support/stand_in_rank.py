@@ -33,7 +33,7 @@ class Peers:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self._rank = rank
         if rank == 0:
-            self._server = socket.create_server(address)  # kept, as torch's store is: a frozen life goes on listening
+            self._server = socket.create_server(("", address[1]))  # on all addresses and kept, as torch's store is
             self._others = [self._server.accept()[0] for _ in range(world - 1)]
         else:
             deadline = time.monotonic() + 60
