@@ -7,7 +7,7 @@ same weights give the same file.
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,8 +210,8 @@ class Scorer:
             counts.append(np.bincount(batch.target_segment[: batch.supervised].cpu().numpy(), minlength=count))
         return Scores(np.concatenate(parts), np.concatenate(counts))
 
-    def _batches(self, segments: Sequence[Segment]) -> list[tuple[PackedBatch, int]]:
-        """Segments in their order, cut into batches; and how many each holds."""
+    def _batches(self, segments: Sequence[Segment]) -> Iterator[tuple[PackedBatch, int]]:
+        """Segments in their order, cut into batches, one at a time in memory; and how many each holds."""
         groups: list[list[Segment]] = [[]]
         tokens = 0
         for segment in segments:
@@ -222,7 +222,8 @@ class Scorer:
             groups[-1].append(segment)
         device = self.model.head.weight.device
         end = self.tokenizer.end
-        return [(assemble(g, self.images.size, self.images.tokens, end).to(device), len(g)) for g in groups]
+        for group in groups:
+            yield assemble(group, self.images.size, self.images.tokens, end).to(device), len(group)
 
     def _segment(self, caption: str, picture: Picture | None) -> Segment:
         """A caption behind its picture, or alone."""
