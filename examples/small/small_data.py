@@ -113,14 +113,14 @@ def candidates(half: str, pairs: list[Pair]) -> list[dict]:
 # Samples
 
 
-_webp: dict[int, bytes] = {}
-"""By picture: each is stored several times, and all of them live as long as a build does."""
+_webp: dict[int, tuple[Image.Image, bytes]] = {}
+"""By picture, since each is stored several times; the picture is kept too, or another one could get its number."""
 
 
 def _encoded(image: Image.Image) -> bytes:
     if id(image) not in _webp:
-        _webp[id(image)] = webp(image)
-    return _webp[id(image)]
+        _webp[id(image)] = image, webp(image)
+    return _webp[id(image)][1]
 
 
 def pair_samples(pairs: Iterable[Pair]) -> Iterator[Sample]:

@@ -102,10 +102,10 @@ class Stage:
         """What the newest of `live_together` told the terminal."""
         return (self.run.logs / "said.txt").read_text()
 
-    def wait_for(self, step: int, process: subprocess.Popen[str]) -> None:
-        """Returns as soon as `metrics.jsonl` shows the step."""
+    def wait_for(self, step: int, process: subprocess.Popen[str], life: int = 1) -> None:
+        """Returns as soon as this life has done the step; the one before may have come further than its checkpoint."""
         deadline = time.monotonic() + 120
-        while step not in self.losses():
+        while not any(line["life"] == life and line["step"] >= step for line in jsonl.read(self.run.metrics)):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline, f"the run never reached step {step}"
             time.sleep(0.01)
@@ -122,9 +122,9 @@ class Stage:
                 found.append(int(folder.name))
         return sorted(found)
 
-    def kill_a_rank_after(self, step: int, process: subprocess.Popen[str], number: int) -> None:
-        """SIGKILL to one rank as soon as `metrics.jsonl` shows the step."""
-        self.wait_for(step, process)
+    def kill_a_rank_after(self, step: int, process: subprocess.Popen[str], number: int, life: int = 1) -> None:
+        """SIGKILL to one rank as soon as this life has done the step."""
+        self.wait_for(step, process, life)
         os.kill(self.rank_pids()[number], signal.SIGKILL)
 
 

@@ -46,7 +46,7 @@ def test_kills_a_signal_a_stop_and_a_save_file_with_other_workers_each_time_leav
 
     broken.run.save_file.touch()
     second = broken.start("data.workers=1")
-    broken.wait_for(10, second)
+    broken.wait_for(10, second, life=2)
     second.send_signal(signal.SIGTERM)
     _, errors = second.communicate(timeout=60)
     assert second.returncode == EXIT_TRY_AGAIN
@@ -57,13 +57,13 @@ def test_kills_a_signal_a_stop_and_a_save_file_with_other_workers_each_time_leav
     assert not broken.run.final.exists()
 
     third = broken.start("data.workers=2")
-    broken.wait_for(outcome["step"] + 2, third)
+    broken.wait_for(outcome["step"] + 2, third, life=3)
     broken.run.stop_file.touch()
     third.communicate(timeout=60)
     assert third.returncode == EXIT_TRY_AGAIN
 
     fourth = broken.start("data.workers=4")
-    broken.kill_a_rank_after(20, fourth, chance.randint(0, 1))
+    broken.kill_a_rank_after(20, fourth, chance.randint(0, 1), life=4)
     fourth.communicate(timeout=60)
     assert fourth.returncode == EXIT_CRASH
 

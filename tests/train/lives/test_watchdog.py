@@ -48,7 +48,7 @@ def test_a_rank_that_sleeps_for_ever_or_hangs_in_c_is_reported_with_all_stacks_a
 
     before = max(hanging.losses())
     again = hanging.start()
-    hanging.wait_for(before + 2, again)
+    hanging.wait_for(before + 2, again, life=2)
     os.kill(hanging.rank_pids()[0], signal.SIGVTALRM)
     _, errors = again.communicate(timeout=120)
     assert again.returncode == EXIT_TRY_AGAIN, errors
