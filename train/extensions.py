@@ -53,11 +53,7 @@ def choose_accelerator() -> bool:
     return True
 
 
-def default_extensions_dir() -> Path:
-    """Inside the Python environment: an environment that is deleted takes what it compiled with it."""
-    return Path(sys.prefix) / "torch_extensions"
-
-
 def _stamp() -> Path:
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default_extensions_dir())
+    # By default inside the Python environment: one that is deleted takes what it compiled with it.
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(sys.prefix) / "torch_extensions")
     return folder / f"prepared-deepspeed-{version('deepspeed')}-torch-{version('torch')}"
