@@ -168,7 +168,10 @@ def disturbed(cluster, make_slurm_stage, stand_in, environment, demo, tmp_path_f
 
 @pytest.mark.parametrize("name", STAND_INS)
 def test_a_job_heals_itself(disturbed, name):
-    finished(disturbed[name].result(), stand_in_rank.losses(STEPS), SCENARIOS[name].lossless)
+    stage = disturbed[name].result()
+    finished(stage, stand_in_rank.losses(STEPS), SCENARIOS[name].lossless)
+    if "preemption" in name:
+        assert "taken" in [line["event"] for line in stage.attempts()], "a preemption is held against the job"
 
 
 @pytest.mark.parametrize(("name", "reason"), [("first node unfit", "cannot write the run directory"), ("other node unfit", "Read-only")])

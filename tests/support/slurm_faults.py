@@ -51,7 +51,7 @@ def requeue(cluster: Cluster, stage: SlurmStage, job: str) -> None:
 def preemption(cluster: Cluster, stage: SlurmStage, job: str) -> None:
     """By a job that needs just these nodes."""
     nodes = cluster.run("squeue", "--noheader", f"--jobs={job}", "--format=%N")
-    other = ["--partition=train", f"--nodelist={nodes}", "--exclusive", "--output=/dev/null", "--wrap=sleep 2"]
+    other = ["--partition=urgent", f"--nodelist={nodes}", "--exclusive", "--output=/dev/null", "--wrap=sleep 2"]
     cluster.run("sbatch", "--parsable", *other)
     lives_again(stage)
 
@@ -128,14 +128,12 @@ SCENARIOS = {
     "warning": Scenario(warning, lossless=True),
     "time limit": Scenario(time_limit, {"time": "1", "warn": 35, "retries": 9}, lossless=True),  # the warning may come 30 s early: at once
     "scontrol requeue": Scenario(requeue),
-    "preemption": Scenario(preemption, {"partition": "preempt"}, lossless=True, policy=""),
+    "preemption": Scenario(preemption, lossless=True, policy=""),
     "killed rank": Scenario(killed_rank),
     "frozen rank": Scenario(frozen_rank),
     "first node without power": Scenario(power_cut(0)),
     "other node without power": Scenario(power_cut(1)),
     "first node frozen": Scenario(frozen_node(0)),
     "other node frozen": Scenario(frozen_node(1)),
-    "preemption with a warning": Scenario(
-        preemption, {"partition": "preempt"}, lossless=True, policy="SlurmctldParameters=preempt_send_user_signal"
-    ),
+    "preemption with a warning": Scenario(preemption, lossless=True, policy="SlurmctldParameters=preempt_send_user_signal"),
 }
