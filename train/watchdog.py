@@ -33,8 +33,8 @@ class Silence:
     phase: str
     step: int
     """Steps done."""
-    since: float
-    """Wall-clock time of the last beat."""
+    beats: int
+    """Beats in this life: all ranks beat alike, so that fewer means behind."""
     seconds: float
     """Silence since, in the watchdog's own ticks: a job that was suspended was not silent."""
     time: float
@@ -47,7 +47,7 @@ class Watchdog:
         """Starts watching, in phase `start`."""
         self._limits, self._run, self._rank, self._world = asdict(config), run, rank, world
         self._began = time.time()
-        self._beat = (0, "start", self._began)
+        self._beat = (0, "start", 0)
         self._started = False
         self._stacks = run.stacks(rank).open("a")
         faulthandler.register(signal.SIGUSR1, self._stacks, all_threads=True)
@@ -60,7 +60,7 @@ class Watchdog:
 
         All of the first step counts as `start`, since much is made when it is first used.
         """
-        self._beat = (step, phase if self._started else "start", time.time())
+        self._beat = (step, phase if self._started else "start", self._beat[-1] + 1)
 
     def started(self) -> None:
         """The first step of this life is done."""
@@ -77,13 +77,13 @@ class Watchdog:
             now, beat = time.monotonic(), self._beat
             silent = silent + min(now - last, 2 * TICK_S) if beat is seen else 0.0
             seen, last = beat, now
-            step, phase, since = beat
+            step, phase, beats = beat
             if self._rank == 0 and (beat is not noted or silent % 5 < TICK_S):
                 with suppress(OSError):  # a full disk is for the main thread to tell
                     self._run.beat(step, phase)
                 noted = beat
             limit = self._limits[phase]
-            own = Silence(self._rank, phase, step, since, silent, time.time())
+            own = Silence(self._rank, phase, step, beats, silent, time.time())
             if (limit and silent > limit) or (silent > 2 and found_silence(self._run, self._began)):
                 self._end(own)
 
@@ -114,13 +114,25 @@ class Watchdog:
         return found
 
     def _reason(self, found: list[Silence]) -> str:
-        """Names the rank that fell silent first; one that did not even dump comes before all others."""
+        """Names the ranks that are furthest behind, since the others wait for them; one that did not even dump comes before all.
+
+        Of ranks that have come as far as each other only the stacks tell which waits: all are named.
+        """
         mute = sorted(set(range(self._world)) - {silence.rank for silence in found})
-        first = min(found, key=lambda silence: silence.since)
-        who = f"rank {mute[0]} does not answer at all, rank {first.rank}" if mute else f"rank {first.rank}"
-        what = f"was silent for {first.seconds:.0f} s in phase {first.phase} after step {first.step}"
-        limit = f"watchdog.{first.phase} is {self._limits[first.phase]:g}"
+        behind = [silence for silence in found if silence.beats == min(other.beats for other in found)]
+        who = f"{_ranks([silence.rank for silence in behind])} {'was' if len(behind) == 1 else 'were'} silent"
+        if mute:
+            who = f"{_ranks(mute)} {'does' if len(mute) == 1 else 'do'} not answer at all, {who}"
+        longest = max(behind, key=lambda silence: silence.seconds)
+        what = f"for {longest.seconds:.0f} s in phase {longest.phase} after step {longest.step}"
+        limit = f"watchdog.{longest.phase} is {self._limits[longest.phase]:g}"
         return f"{who} {what}, {limit} (see {self._run.logs}/stacks-rank-*.txt; the same command goes on)"
+
+
+def _ranks(ranks: list[int], shown: int = 8) -> str:
+    """Such as `rank 3`, `ranks 0, 1`, or the first few of many."""
+    more = f" and {len(ranks) - shown} more" if len(ranks) > shown else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:shown]))}{more}"
 
 
 def found_silence(run: RunDir, since: float) -> bool:

@@ -1,6 +1,7 @@
 """A rank that falls silent ends the job in time, with everybody's stacks and a code that is tried again; nothing is lost."""
 
 import os
+import re
 import signal
 import time
 from dataclasses import replace
@@ -12,7 +13,7 @@ from data_pipeline.errors import EXIT_TRY_AGAIN
 from train.config import WatchdogConfig
 from train.launch import MUTE_S, Pulse
 from train.run_dir import RunDir, write_json
-from train.watchdog import TICK_S, Watchdog
+from train.watchdog import TICK_S, Silence, Watchdog
 
 HANGING = str(Path(__file__).parents[2] / "support" / "hanging")
 LIMIT_S = 8
@@ -38,7 +39,7 @@ def test_a_rank_that_sleeps_for_ever_or_hangs_in_c_is_reported_with_all_stacks_a
     _, errors = process.communicate(timeout=120)
     assert process.returncode == EXIT_TRY_AGAIN, errors
     (line,) = errors.strip().splitlines()
-    assert "rank 1 was silent for" in line
+    assert re.search("rank 1 was silent for|ranks 0, 1 were silent for", line), line  # the latter if both had come as far
     assert "the same command goes on" in line
     found = stacks(hanging.run)
     assert "sleep_for_ever" in found[1]
@@ -76,6 +77,22 @@ def test_beats_keep_it_quiet_and_the_first_step_has_the_limit_of_the_start(run):
     watchdog.close()
     assert not run.hang.exists()
     assert run.stacks(0).read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("beats", "named"),
+    [
+        ({0: 8, 1: 7, 2: 9}, "rank 1 was silent for 9 s in phase data after step 3"),
+        ({0: 7, 1: 7, 2: 8}, "ranks 0, 1 were silent for 9 s in phase data after step 3"),
+        ({0: 8, 2: 7}, "rank 1 does not answer at all, rank 2 was silent for 9 s in phase data after step 3"),
+    ],
+    ids=["one behind", "two as far as each other", "one mute"],
+)
+def test_the_ranks_that_the_others_wait_for_are_named_whoever_found_the_silence(run, beats, named):
+    found = [Silence(rank, "data" if done == 7 else "forward", 3, done, seconds=9.0, time=0.0) for rank, done in beats.items()]
+    watchdog = Watchdog(WatchdogConfig(), run, 0, 3)
+    assert named in watchdog._reason(found)
+    watchdog.close()
 
 
 def test_a_heartbeat_that_stands_still_longer_than_any_limit_is_seen_from_outside_whatever_the_clock_does(run, monkeypatch):
