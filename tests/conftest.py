@@ -3,6 +3,8 @@
 Invariant: no test writes into the repository, and nothing here imports torch: a test that needs none should start at once.
 """
 
+import gc
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,9 +12,19 @@ from pathlib import Path
 
 import pytest
 
+# Streams of tests share the cores: two threads that wait for each other cost several times what one does.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+gc.disable()  # until all is imported
+
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo"
 DEMO_SOURCES = ("pairs", "documents", "text", "prose")
 HELD_OUT = ("heldout/text", *(f"heldout/unseen_{what}/{part}" for what in ("picture", "concept") for part in ("validation", "test")))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: later collections need not look at it."""
+    gc.freeze()
+    gc.enable()
 
 
 @dataclass(frozen=True)
