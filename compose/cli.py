@@ -37,7 +37,17 @@ def _parser() -> argparse.ArgumentParser:
     build = actions.add_parser("build", help="collect the pictures of a folder or of a source of pairs", description=_COLLECTION)
     build.add_argument("origin", type=Path, metavar="FOLDER|SOURCE", help="a folder with pictures, or an indexed source of pairs")
     build.add_argument("-o", "--output", type=Path, required=True, metavar="C", help="the collection, a folder; must not exist")
+    build.add_argument(
+        "--model", type=Path, metavar="CHECKPOINT", help="a trained model that looks at the pictures, to find them by a picture as well"
+    )
     build.set_defaults(run=_build)
+    search = actions.add_parser("search", help="what a text or a picture finds", description=_SEARCH)
+    search.add_argument("collection", type=Path, metavar="C", help="the collection")
+    wanted = search.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("text", nargs="?", metavar="TEXT", help="nearest captions")
+    wanted.add_argument("--image", metavar="FILE", help="pictures that look like it to the model of --model")
+    search.add_argument("--count", type=_positive, default=8, metavar="N", help="pictures at most (default %(default)s)")
+    search.set_defaults(run=_search)
 
     article = commands.add_parser("article", help="write an article with pictures", description=_ARTICLE)
     _add_checkpoint(article)
@@ -67,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
 
 _COLLECTION = """Captions are embedded (WordLlama: averaged word vectors, English mainly, from its package, nothing is downloaded) and kept
 in a LanceDB table on disk, which is searched from disk. The pictures stay where they are. A source's captions are its texts; a file's is
-the text of the .txt beside it, or else what its name says."""
+the text of the .txt beside it, or else what its name says. With --model, the mean of each picture's image tokens is kept beside it."""
+_SEARCH = """A line a picture, the nearest first: cosine, name, caption. --image asks the model that looked at the collection when it was
+built (collection build --model), which must still have the same weights."""
 _ARTICLE = """The paper's five steps: the model writes, chooses lines that a picture fits, writes a caption for each, is shown four
 pictures that the captions find, and chooses. FILE.json keeps every question, its answer, and what was done where an answer did not fit.
 Needs a model that was trained to follow instructions: stage sft or compose."""
@@ -147,9 +159,24 @@ def _chat(args: argparse.Namespace) -> int:
 def _build(args: argparse.Namespace) -> int:
     from compose import collection
 
-    built = collection.build(args.origin, args.output)
+    built = collection.build(args.origin, args.output, args.model)
     left_out = f", {built.unreadable} unreadable ones left out" if built.unreadable else ""
     print(f"{args.output}: {built.pictures} pictures{left_out}")
+    print(f"next: xc-compose collection search {args.output} TEXT")
+    return EXIT_DONE
+
+
+def _search(args: argparse.Namespace) -> int:
+    from compose import collection, pictures
+
+    found = collection.Collection(args.collection)
+    if args.image:
+        (picture,) = pictures.read([args.image])
+        entries = found.like(picture, args.count)
+    else:
+        entries = found.search(args.text, args.count)
+    for entry in entries:
+        print(f"{entry.likeness:5.2f}  {entry.name}  {entry.caption}")
     return EXIT_DONE
 
 

@@ -1,7 +1,7 @@
 """A collection: pictures that an article may use, found by their captions. A LanceDB table on disk, searched from disk.
 
-    C/collection.json     what it was made of, and by which embedder
-    C/pictures.lance/     a row a picture: caption, its vector, and where the picture lies
+    C/collection.json     what it was made of, by which embedder, and which model looked at the pictures, if one did
+    C/pictures.lance/     a row a picture: caption, its vector, where the picture lies, and the vector of what the model sees
 
 Invariant: a collection appears whole or not at all; pictures stay where they are and are read when they are chosen.
 """
@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import lancedb
+import numpy as np
 import pyarrow as pa
 
 from compose import embed
@@ -26,6 +28,9 @@ from data_pipeline.shards.source import ShardSource
 from data_pipeline.shards.tar import read_members
 from train.run_dir import write_json
 
+if TYPE_CHECKING:
+    from compose.sight import Sight
+
 FACTS = "collection.json"
 TABLE = "pictures"
 BATCH = 1024
@@ -34,25 +39,26 @@ INDEX_FROM = 20_000
 PROBES = 32
 """Lists of that index that a search reads."""
 NO_ROW = -1
-SCHEMA = pa.schema(
-    [
-        ("name", pa.string()),
-        ("caption", pa.string()),
-        ("place", pa.string()),  # a picture file, or the folder of a source
-        ("row", pa.int64()),  # row of the source; NO_ROW for a file
-        ("vector", pa.list_(pa.float32(), embed.WIDTH)),
-    ]
-)
+SEEN = 32
+"""Pictures that a model looks at at once."""
+COLUMNS = {
+    "name": pa.string(),
+    "caption": pa.string(),
+    "place": pa.string(),  # a picture file, or the folder of a source
+    "row": pa.int64(),  # row of the source; NO_ROW for a file
+}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture's row, without its vector."""
+    """A picture's row, without its vectors."""
 
     name: str
     caption: str
     place: str
     row: int
+    likeness: float = 0.0
+    """Cosine to what was asked for."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +69,21 @@ class Built:
     unreadable: int
 
 
-def build(origin: Path, output: Path) -> Built:
+def build(origin: Path, output: Path, model: Path | None = None) -> Built:
     """Collects the pictures below a folder, or those of an indexed source of pairs.
 
-    A source's captions are its texts. A file's is the text of the `.txt` beside it, or else what its name says.
+    A source's captions are its texts. A file's is the text of the `.txt` beside it, or else what its name says. With a `model`, a run, a
+    checkpoint or an export, each picture also gets the vector of what that model sees.
 
     Raises:
-        UserError: nothing to collect there, or `output` exists.
+        UserError: nothing to collect there, `output` exists, or the model cannot be opened.
     """
     if output.exists():
         raise UserError(f"{output.absolute()} exists (choose another -o, or remove it)")
+    sight = _open_sight(model) if model else None
     damaged: list[str] = []
-    batches = _batches(_of_source(origin, damaged) if any(origin.glob("*.tar")) else _of_folder(origin, damaged))
+    found = _of_source(origin, damaged) if any(origin.glob("*.tar")) else _of_folder(origin, damaged)
+    batches = _Batches(_looked_at(found, sight, damaged))
     first = next(batches, None)
     if first is None:
         kinds = ", ".join(e[1:] for e in EXTENSIONS)
@@ -82,11 +91,14 @@ def build(origin: Path, output: Path) -> Built:
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        table = lancedb.connect(partial).create_table(TABLE, data=chain([first], batches), schema=SCHEMA)
+        table = lancedb.connect(partial).create_table(TABLE, data=chain([first], batches), schema=first.schema)
         count = table.count_rows()
-        if count >= INDEX_FROM:
-            table.create_index(metric="cosine", vector_column_name="vector", index_type="IVF_FLAT")
-        write_json(partial / FACTS, {"of": str(origin.absolute()), "embedder": embed.NAME, "pictures": count, "unreadable": len(damaged)})
+        for column in ("vector", "sight")[: 2 if sight else 1] if count >= INDEX_FROM else ():
+            table.create_index(metric="cosine", vector_column_name=column, index_type="IVF_FLAT")
+        facts = {"of": str(origin.absolute()), "embedder": embed.NAME, "pictures": count, "unreadable": len(damaged)}
+        if sight:
+            facts["sight"] = {"model": str(model.absolute()), "weights": sight.weights, "centre": batches.centre.tolist()}
+        write_json(partial / FACTS, facts)
         partial.rename(output)
     except OSError as error:
         raise UserError(f"cannot write {output.absolute()}: {error.strerror} (choose another -o)") from None
@@ -113,15 +125,38 @@ class Collection:
         if not Path(facts["of"]).is_dir():
             raise UserError(f"{folder.absolute()}: its pictures lay in {facts['of']}, which is gone (build it anew)")
         self.size: int = facts["pictures"]
+        self._sight: dict[str, Any] | None = facts.get("sight")
+        self._folder = folder
         self._table = lancedb.connect(folder).open_table(TABLE)
         self._sources: dict[str, ShardSource] = {}
         self._reader = ShardReader()
 
     def search(self, text: str, count: int) -> list[Entry]:
         """The pictures whose captions are nearest to a text, nearest first."""
-        query = self._table.search(embed.embed([text])[0], vector_column_name="vector").distance_type("cosine").nprobes(PROBES)
-        found = query.select(["name", "caption", "place", "row", "_distance"]).limit(count).to_list()
-        return [Entry(f["name"], f["caption"], f["place"], f["row"]) for f in found]
+        return self._nearest("vector", embed.embed([text])[0], count)
+
+    def like(self, picture: Picture, count: int) -> list[Entry]:
+        """The pictures that look most like one to the model that looked at the collection, the likest first.
+
+        Raises:
+            UserError: no model did, or it is gone or has other weights now.
+        """
+        if self._sight is None:
+            raise UserError(
+                f"{self._folder.absolute()} was built without a model (build it anew with --model CHECKPOINT to find by a picture)"
+            )
+        from compose.sight import centred
+
+        sight = _open_sight(Path(self._sight["model"]))
+        if sight.weights != self._sight["weights"]:
+            raise UserError(f"{self._sight['model']} has other weights than when it looked at {self._folder.absolute()} (build it anew)")
+        vectors = centred(sight.embed([sight.look(picture.data)]), np.array(self._sight["centre"], np.float32))
+        return self._nearest("sight", vectors[0], count)
+
+    def _nearest(self, column: str, vector: np.ndarray, count: int) -> list[Entry]:
+        query = self._table.search(vector, vector_column_name=column).distance_type("cosine").nprobes(PROBES)
+        found = query.select([*COLUMNS, "_distance"]).limit(count).to_list()
+        return [Entry(*(f[name] for name in COLUMNS), likeness=1 - f["_distance"]) for f in found]
 
     def retrieve(self, text: str, count: int, without: set[str]) -> list[Picture]:
         """As `search`, with the pictures themselves: no picture twice, none of the digests `without`, none that is gone."""
@@ -161,21 +196,27 @@ def among(pictures: Sequence[Picture], count: int) -> Callable[[str, set[str]], 
     return find
 
 
-def _of_folder(folder: Path, damaged: list[str]) -> Iterator[Entry]:
+def _open_sight(model: Path) -> "Sight":
+    from compose.sight import Sight  # torch, which building from captions alone does without
+
+    return Sight(model)
+
+
+def _of_folder(folder: Path, damaged: list[str]) -> Iterator[tuple[Entry, bytes]]:
     if not folder.is_dir():
         raise UserError(f"no folder {folder.absolute()} (give a folder with pictures, or an indexed source)")
     for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file()):
         try:
-            image_size(path.read_bytes())
+            image_size(data := path.read_bytes())
         except (OSError, BadSample):
             damaged.append(str(path))
             continue
         beside = path.with_suffix(".txt")
         text = beside.read_text(encoding="utf-8", errors="replace").strip() if beside.is_file() else ""
-        yield Entry(path.name, text or _words_of(path.stem), str(path.absolute()), NO_ROW)
+        yield Entry(path.name, text or _words_of(path.stem), str(path.absolute()), NO_ROW), data
 
 
-def _of_source(folder: Path, damaged: list[str]) -> Iterator[Entry]:
+def _of_source(folder: Path, damaged: list[str]) -> Iterator[tuple[Entry, bytes]]:
     source = ShardSource(folder.name, folder)
     if source.kind is not Kind.pair:
         raise UserError(f"{folder.absolute()} is a source of kind {source.kind.value}, whose pictures have no captions (give one of pairs)")
@@ -188,7 +229,7 @@ def _of_source(folder: Path, damaged: list[str]) -> Iterator[Entry]:
             damaged.append(name)
             continue
         caption = next(e.text for e in elements if isinstance(e, TextElement))
-        yield Entry(name, caption, str(folder.absolute()), row)
+        yield Entry(name, caption, str(folder.absolute()), row), next(e.data for e in elements if isinstance(e, ImageElement))
 
 
 def _words_of(stem: str) -> str:
@@ -196,9 +237,49 @@ def _words_of(stem: str) -> str:
     return re.sub(r"[\s_\-.+]+", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", stem)).strip() or stem
 
 
-def _batches(entries: Iterator[Entry]) -> Iterator[pa.RecordBatch]:
-    while part := list(islice(entries, BATCH)):
-        vectors = pa.array(embed.embed([e.caption for e in part]).ravel())
-        columns = [[e.name for e in part], [e.caption for e in part], [e.place for e in part], [e.row for e in part]]
-        arrays = [pa.array(values, kind.type) for values, kind in zip(columns, SCHEMA, strict=False)]
-        yield pa.RecordBatch.from_arrays([*arrays, pa.FixedSizeListArray.from_arrays(vectors, embed.WIDTH)], schema=SCHEMA)
+def _looked_at(
+    found: Iterator[tuple[Entry, bytes]], sight: "Sight | None", damaged: list[str]
+) -> Iterator[tuple[Entry, np.ndarray | None]]:
+    """Entries with what the model sees; only a few pictures are in memory at a time."""
+    while part := list(islice(found, SEEN)):
+        if sight is None:
+            yield from ((entry, None) for entry, _ in part)
+            continue
+        looked = []
+        for entry, data in part:
+            try:
+                looked.append((entry, sight.look(data)))
+            except BadSample:
+                damaged.append(entry.name)
+        if looked:
+            yield from zip((entry for entry, _ in looked), sight.embed([picture for _, picture in looked]), strict=True)
+
+
+class _Batches:
+    """Rows of the table. What a model sees is centred on the first batch: on raw vectors any two pictures look alike."""
+
+    def __init__(self, entries: Iterator[tuple[Entry, np.ndarray | None]]) -> None:
+        self._entries = entries
+        self.centre: np.ndarray | None = None
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        return self
+
+    def __next__(self) -> pa.RecordBatch:
+        part = list(islice(self._entries, BATCH))
+        if not part:
+            raise StopIteration
+        entries = [entry for entry, _ in part]
+        columns = {name: pa.array([getattr(e, name) for e in entries], kind) for name, kind in COLUMNS.items()}
+        columns["vector"] = _vectors(embed.embed([e.caption for e in entries]))
+        if part[0][1] is not None:
+            from compose.sight import centred
+
+            seen = np.stack([vector for _, vector in part])
+            self.centre = seen.mean(0) if self.centre is None else self.centre
+            columns["sight"] = _vectors(centred(seen, self.centre))
+        return pa.RecordBatch.from_pydict(columns)
+
+
+def _vectors(vectors: np.ndarray) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])

@@ -1,6 +1,8 @@
 """A collection finds pictures by their captions, reads them where they lie, and appears whole or not at all."""
 
+import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +85,51 @@ def test_given_pictures_are_ranked_by_their_names(tmp_path):
     find = among(given, 2)
     assert find("a ship in the harbour", set())[0].name == "fishing_boat.jpg"
     assert given[2] not in find("a ship in the harbour", {given[2].digest})
+
+
+def commanded(capsys, *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(["collection", *map(str, arguments)])
+    said = capsys.readouterr()
+    return ended.value.code, said.out, said.err
+
+
+@pytest.fixture(scope="module")
+def seen(demo, run_dir, tmp_path_factory) -> Path:
+    """The same pictures, looked at by a model."""
+    folder = tmp_path_factory.mktemp("seen") / "c"
+    build(demo.source("heldout/unseen_picture/test"), folder, run_dir)
+    return folder
+
+
+def test_a_picture_finds_itself_scaled_and_encoded_anew_before_all_others(seen, collection, tmp_path, capsys):
+    found = Collection(seen)
+    for entry in found.search("a red fruit", 6):
+        original = Image.open(io.BytesIO(found._read(entry).data)).convert("RGB")
+        original.resize((60, 60)).save(tmp_path / "again.jpg", quality=90)
+        code, out, _ = commanded(capsys, "search", seen, "--image", tmp_path / "again.jpg", "--count", 3)
+        assert code == 0
+        likeness, name, caption = out.splitlines()[0].split(maxsplit=2)
+        assert (name, caption) == (entry.name, entry.caption)
+        assert float(likeness) > 0.9
+    assert [e.name for e in found.search("the sun", 5)] == [e.name for e in Collection(collection).search("the sun", 5)]
+
+
+def test_a_search_by_picture_without_the_model_that_looked_is_refused(seen, collection, run_dir, tmp_path, capsys):
+    shown = picture(tmp_path / "a.png")
+    code, _, error = commanded(capsys, "search", collection, "--image", shown)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "built without a model" in error
+    moved = tmp_path / "moved"
+    shutil.copytree(seen, moved)
+    facts = json.loads((moved / FACTS).read_text())
+    for change, said in (({"weights": "others"}, "has other weights"), ({"model": str(tmp_path / "gone")}, "no run directory")):
+        (moved / FACTS).write_text(json.dumps({**facts, "sight": {**facts["sight"], **change}}))
+        code, _, error = commanded(capsys, "search", moved, "--image", shown)
+        assert (code, error.count("\n")) == (2, 1)
+        assert said in error
+    code, out, _ = commanded(capsys, "search", collection, "the sun is shining", "--count", 2)
+    assert (code, out.count("\n")) == (0, 2)
 
 
 def test_with_an_inverted_file_index_the_same_pictures_are_found(demo, collection, tmp_path, monkeypatch):
