@@ -173,12 +173,12 @@ def paragraph_samples(documents: Iterable[Document]) -> list[Sample]:
 
 
 def caption_samples(concepts: Iterable[Concept]) -> list[Sample]:
-    """Captions and tag lines, each a sample of its own, in one fixed random order."""
+    """Captions alone and behind their tags, each a sample of its own, in one fixed random order."""
     samples: list[Sample] = []
     for concept in concepts:
         samples.append({"__key__": f"caption-{concept.code}", "txt": concept.caption})
-        if concept.tag_line:
-            samples.append({"__key__": f"tags-{concept.code}", "txt": concept.tag_line})
+        if concept.description:
+            samples.append({"__key__": f"tags-{concept.code}", "txt": concept.description})
     return sorted(samples, key=lambda sample: rank("text", str(sample["__key__"])))
 
 

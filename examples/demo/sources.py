@@ -77,9 +77,12 @@ class Concept:
         return f"{self.subgroup}: {self.label}"
 
     @property
-    def tag_line(self) -> str | None:
-        """The label and its tags; None where the tags say nothing that the label does not."""
-        return f"{self.label}: {', '.join(self.tags)}" if set(self.tags) - set(self.label.split()) else None
+    def description(self) -> str | None:
+        """The tags, then the caption that they lead to; None where the tags say nothing that the label does not.
+
+        In this order a language model learns that what stands before a caption tells it. One that comes pretrained knows that.
+        """
+        return f"{', '.join(self.tags)}. {self.caption}" if set(self.tags) - set(self.label.split()) else None
 
 
 @dataclass(frozen=True)

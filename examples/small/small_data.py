@@ -75,10 +75,10 @@ def split(pairs: Iterable[Pair], documents: Iterable[Document] = ()) -> tuple[li
 
 
 def split_documents(documents: Iterable[Document], pairs: Iterable[Pair]) -> tuple[list[Document], list[Document]]:
-    """Training pages, and held-out ones: the first by hash with no picture and no caption of another page or a training pair."""
+    """Training pages, and held-out ones: the first by hash whose figures and captions stand on no other page and in no training pair."""
     ordered = sorted(documents, key=lambda d: rank("document", d.name))
     marks = {d.name: _marks((f.image, f.caption) for f in d.figures) for d in ordered}
-    seen = Counter(mark for found in marks.values() for mark in found)
+    seen = Counter(mark for d in ordered for mark in marks[d.name] | {p.lower() for p in d.paragraphs})
     seen.update(_marks((p.image, p.caption) for p in pairs))
     held_out = [d for d in ordered if all(seen[mark] == 1 for mark in marks[d.name])][:HELD_OUT_DOCUMENTS]
     return [d for d in ordered if d not in held_out], held_out
