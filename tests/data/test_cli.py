@@ -158,7 +158,7 @@ def test_stats_show_what_the_index_counted(demo, xc_data, capsys):
     assert re.search(r"samples kept +2,138 +of 2,138; 0\.00% left out", out)
     assert re.search(r"images +175 +a sample: median 1, p99 \d+, max 10", out)
     assert re.search(r"image size +72 x 72", out)
-    assert re.search(r"text tokens +22,602", out)
+    assert re.search(r"text tokens +25,806", out)
     assert "images a document" in out
     assert re.search(r"\n +1 +58 +[█#]{40} ", out), "the longest bar"
 
@@ -171,9 +171,9 @@ def test_stats_of_several_sources_end_with_a_table_of_all(demo, tmp_path, xc_dat
     assert xc_data("stats", demo.source("text"), tmp_path / "damaged") == 0
     together = capsys.readouterr().out.partition("together")[2]
     tokens = merge(tmp_path / "damaged", tmp_path / "damaged").text_tokens
-    assert re.search(r"/text +2,492 +0\.00% +22,602 +100\.0% +9\.1 +0 *\n", together)
+    assert re.search(r"/text +2,492 +0\.00% +25,806 +100\.0% +10\.4 +0 *\n", together)
     assert re.search(rf"/damaged +3 +25\.00% +{tokens} +0\.0% +3\.0 +3 *\n", together)
-    assert re.search(rf"all +2,495 +0\.04% +{22602 + tokens:,} +100\.0% ", together)
+    assert re.search(rf"all +2,495 +0\.04% +{25806 + tokens:,} +100\.0% ", together)
 
 
 @pytest.mark.parametrize("name", ["plot.svg", "plot.html"])

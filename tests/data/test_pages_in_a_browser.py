@@ -21,7 +21,7 @@ def config(demo, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def preview(config, xc_data) -> Path:
     page = config.with_name("preview.html")
-    assert xc_data("preview", config, "--packs", 4, "-o", page) == 0
+    assert xc_data("preview", config, "--packs", 6, "-o", page) == 0
     return page
 
 
