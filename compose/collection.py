@@ -145,12 +145,10 @@ class Collection:
             raise UserError(
                 f"{self._folder.absolute()} was built without a model (build it anew with --model CHECKPOINT to find by a picture)"
             )
-        from compose.sight import centred
-
         sight = _open_sight(Path(self._sight["model"]))
         if sight.weights != self._sight["weights"]:
             raise UserError(f"{self._sight['model']} has other weights than when it looked at {self._folder.absolute()} (build it anew)")
-        vectors = centred(sight.embed([sight.look(picture.data)]), np.array(self._sight["centre"], np.float32))
+        vectors = embed.centred(sight.embed([sight.look(picture.data)]), np.array(self._sight["centre"], np.float32))
         return self._nearest("sight", vectors[0], count)
 
     def _nearest(self, column: str, vector: np.ndarray, count: int) -> list[Entry]:
@@ -256,7 +254,7 @@ def _looked_at(
 
 
 class _Batches:
-    """Rows of the table. What a model sees is centred on the first batch: on raw vectors any two pictures look alike."""
+    """Rows of the table; what a model sees is centred on the first batch."""
 
     def __init__(self, entries: Iterator[tuple[Entry, np.ndarray | None]]) -> None:
         self._entries = entries
@@ -273,11 +271,9 @@ class _Batches:
         columns = {name: pa.array([getattr(e, name) for e in entries], kind) for name, kind in COLUMNS.items()}
         columns["vector"] = _vectors(embed.embed([e.caption for e in entries]))
         if part[0][1] is not None:
-            from compose.sight import centred
-
             seen = np.stack([vector for _, vector in part])
             self.centre = seen.mean(0) if self.centre is None else self.centre
-            columns["sight"] = _vectors(centred(seen, self.centre))
+            columns["sight"] = _vectors(embed.centred(seen, self.centre))
         return pa.RecordBatch.from_pydict(columns)
 
 

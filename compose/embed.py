@@ -1,4 +1,4 @@
-"""Sentence embeddings for retrieval: WordLlama, word vectors averaged over a sentence, whose weights lie in its package.
+"""Vectors to find by: lengths and centres, and sentence embeddings by WordLlama, word vectors averaged, whose weights lie in its package.
 
 Invariant: nothing is downloaded; the name says which weights made a vector, and vectors of other weights are never compared.
 """
@@ -25,6 +25,15 @@ def embed(texts: Sequence[str]) -> np.ndarray:
 
     English mainly, word order unseen; a text without any known word is the zero vector.
     """
-    vectors = np.asarray(_model().embed(list(texts), norm=False), np.float32)
+    return unit(np.asarray(_model().embed(list(texts), norm=False), np.float32))
+
+
+def centred(vectors: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """Less what they all share, and of length 1 again: on raw vectors of pictures any two look alike."""
+    return unit(vectors - centre)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """[n, width], each of length 1; the zero vector stays."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)

@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_pipeline.errors import UserError
+from compose import assistant
+from compose.embed import unit
 from data_pipeline.read import images
 from data_pipeline.read.images import Picture as Looked
-from train.config import Stage
-from train.weights.opened import open_model
 
 TILES = 32
 """Encoded at once."""
@@ -28,15 +27,11 @@ class Sight:
         Raises:
             UserError: it cannot be opened, or has seen no picture.
         """
-        opened = open_model(checkpoint)
-        if opened.config.run.stage is Stage.language:
-            raise UserError(
-                f"{checkpoint.absolute()} is of stage language, which has seen no picture (take one of pretrain, sft or compose)"
-            )
-        self._model, self._policy = opened.model, opened.config.data.images
-        self.weights = opened.weights
+        seer = assistant.load(checkpoint)
+        seer.require_sight()
+        self._model, self._policy = seer.model, seer.images
+        self.weights = seer.weights
         """Their digest."""
-        self.width: int = opened.config.model.decoder.hidden
 
     def look(self, data: bytes) -> Looked:
         """An encoded picture as the vision tower gets it.
@@ -59,14 +54,3 @@ class Sight:
             of_tiles.append(rows_VD.unflatten(0, (len(tiles_MCHW), -1)).float().mean(1).cpu().numpy())
         last = np.cumsum([len(picture.tiles) for picture in pictures])[:-1]
         return unit(np.stack([part.mean(0) for part in np.split(np.concatenate(of_tiles), last)]))
-
-
-def centred(vectors: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """Without what all pictures share: of length 1 again. On raw vectors any two pictures look alike."""
-    return unit(vectors - centre)
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Of length 1; the zero vector stays."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
