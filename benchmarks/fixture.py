@@ -67,19 +67,6 @@ def index(folder: Path) -> None:
     merge(folder, folder)
 
 
-def read(shards: list[Path], count: int) -> list[bytes]:
-    """The first `count` encoded pictures, in memory."""
-    found: list[bytes] = []
-    for shard in shards:
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                if member.name.endswith(".jpg"):
-                    found.append(tar.extractfile(member).read())  # type: ignore[union-attr]
-                    if len(found) == count:
-                        return found
-    return found
-
-
 def picture(number: int) -> bytes:
     """One JPEG of 512 to 1024 pixels on its long edge: colour gradients, discs and grain."""
     rng = np.random.default_rng([7, number])

@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import fixture
@@ -19,14 +20,17 @@ import torch
 from measure import SIZE, finish, throughput
 
 from data_pipeline.config import DataConfig, ImageConfig, SourceConfig
-from data_pipeline.loader import Loader, StepData
+from data_pipeline.loader import Loader, StepData, StepSampler
 from data_pipeline.opened import open_data
 from data_pipeline.plan.balance import CostModel
 from data_pipeline.plan.plan import Cursor
-from data_pipeline.processes import keep_freed_memory
+from data_pipeline.processes import begin_worker
 from data_pipeline.read.images import load_square
+from data_pipeline.read.storage import ShardReader
+from data_pipeline.shards.tar import read_members
 
 SEED = 0
+COSTS = CostModel(token=1, attention=0, image=0)
 READINGS = 20
 """Readings of a worker's memory over a run; the first half is for caches to fill."""
 
@@ -39,7 +43,7 @@ def config(shards: Path) -> DataConfig:
 def steps(shards: Path, cursor: Cursor = Cursor(0, 0)) -> Iterator[StepData]:  # noqa: B008  frozen
     """The loader's steps, with everything opened anew."""
     settings = config(shards)
-    return iter(Loader(settings, open_data(settings, SEED), SEED, CostModel(token=1, attention=0, image=0), 0, 1, cursor, 0))
+    return iter(Loader(settings, open_data(settings, SEED), SEED, COSTS, 0, 1, cursor, 0))
 
 
 def loader(shards: Path) -> Iterator[int]:
@@ -51,14 +55,24 @@ def loader(shards: Path) -> Iterator[int]:
 
 
 def limit(shards: Path, count: int) -> Iterator[int]:
-    """Decoding and resizing alone, of pictures that lie in memory: what no loader with this decoder can pass."""
-    keep_freed_memory()  # as a worker does
+    """Decoding and resizing alone, of the pictures that `loader` reads, in memory already: what no loader with this decoder can pass."""
+    begin_worker(0)
     policy = ImageConfig(size=SIZE)
-    pictures = fixture.read(sorted(shards.glob("*.tar")), count)
+    pictures = list(islice(_pictures(shards), count))
     while True:
         for data in pictures:
             load_square(data, policy, None)
             yield 1
+
+
+def _pictures(shards: Path) -> Iterator[bytes]:
+    """The encoded pictures in the order of the plan."""
+    settings = config(shards)
+    data, reader = open_data(settings, SEED), ShardReader()
+    source = data.sources[0]
+    for request in StepSampler(settings, data.plan, COSTS, 0, 1, Cursor(0, 0), 0):
+        for row in (row for pieces in request.packs for row in pieces.row.tolist()):
+            yield read_members(reader.read(source.locate(row)))["jpg"]
 
 
 def start(shards: Path, cursor: Cursor) -> dict[str, float]:
@@ -90,7 +104,7 @@ def main() -> None:
     elif what == "memory":
         result = memory(folder, first)
     else:
-        result = throughput(loader(folder) if what == "loader" else limit(folder, second), first, second)
+        result = throughput(loader(folder) if what == "loader" else limit(folder, first + second), first, second)
     finish(result)
 
 

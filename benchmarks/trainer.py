@@ -29,6 +29,7 @@ import yaml
 from data_pipeline.cli import main as xc_data
 from data_pipeline.loader import Loader, StepData
 from train import configure, loop, optim
+from train.build import build_model
 from train.checkpoint import TrainState, Writer
 from train.config import Config
 from train.device import choose
@@ -136,8 +137,8 @@ def train(config: Config, ranks: Ranks, visit: Visit, writer: Callable[..., Writ
 
 def bare_step(config: Config) -> Callable[[StepData], None]:
     """Forward, backward, clipping and AdamW of a step, and nothing else."""
-    model = loop.build_model(config, choose(config.train.precision, 0)).train()
-    optimizer = optim.adamw(optim.resolve(model, config.train)[0], config.train)
+    built = build_model(config, choose(config.train.precision, 0))
+    model, optimizer = built.model.train(), optim.adamw(built.trained, built.model, config.train)
     optim.set_lr(optimizer, config.train.lr)
 
     def run(step: StepData) -> None:

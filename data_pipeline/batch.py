@@ -35,7 +35,8 @@ class PackedBatch:
     cu_seqlens: Tensor
     """[S+1] int32; segment borders, cu_seqlens[-1] == T."""
     images: Tensor
-    """[M, 3, H, W] uint8; normalised on the device. Of a partitioned image first the global view, then its tiles, row by row."""
+    """[M, 3, H, W] uint8, in memory channels last; normalised on the device. Of a partitioned image first the global view, then its tiles,
+    row by row."""
     image_grid: Tensor
     """[images, 2] int64; tiles of each image, rows then columns, its global view not counted."""
     image_index: Tensor
@@ -127,17 +128,15 @@ def assemble(segments: Sequence[Segment], image_size: int, image_tokens: int, pa
     starts = np.cumsum([0, *lengths])
     padding_at = T - 1
 
-    ids = np.full(T, pad_id, np.int64)
-    ids[:total] = _concatenate([r.ids for r in rendered])
+    ids = np.concatenate([*(r.ids for r in rendered), np.full(T - total, pad_id, np.int64)])
     positions = np.arange(T) - np.repeat(starts[:-1], lengths)
 
-    targets_at = [np.flatnonzero(r.supervised[1:]) + starts[i] for i, r in enumerate(rendered)]
-    target_index = _concatenate(targets_at)
-    supervised = len(target_index)
+    words = np.flatnonzero(np.concatenate([*(r.supervised for r in rendered), np.zeros(1, bool)]))  # never the first of a segment
+    supervised = len(words)
     L = _round_up(max(supervised, 1), L_BUCKET)
     targets = np.full(L, IGNORE, np.int64)
-    targets[:supervised] = ids[target_index + 1]
-    owner = np.repeat(np.arange(len(segments)), [len(t) for t in targets_at])
+    targets[:supervised] = ids[words]
+    owner = np.searchsorted(starts, words, "right") - 1
 
     pixels = [p for s in segments for p in s.pixels]
     image_index = _concatenate([r.image_positions + starts[i] for i, r in enumerate(rendered)])
@@ -153,15 +152,15 @@ def assemble(segments: Sequence[Segment], image_size: int, image_tokens: int, pa
         input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
-        images=torch.from_numpy(np.stack(pixels) if room is None else room[: len(pixels)]),
-        image_grid=torch.tensor(grids, dtype=torch.int64),
+        images=torch.from_numpy(_stack(pixels) if room is None else room[: len(pixels)]),
+        image_grid=torch.from_numpy(np.array(grids, np.int64)),
         image_index=torch.from_numpy(image_index),
         image_rows=torch.from_numpy(image_rows),
-        target_index=torch.from_numpy(_fill(target_index, L, padding_at)),
+        target_index=torch.from_numpy(_fill(words - 1, L, padding_at)),
         targets=torch.from_numpy(targets),
         target_segment=torch.from_numpy(_fill(owner, L, len(segments))),
-        segment_source=torch.tensor([*(s.source for s in segments), PADDING_SOURCE], dtype=torch.int32),
-        segment_sample=torch.tensor([*(s.sample for s in segments), PADDING_SOURCE], dtype=torch.int64),
+        segment_source=torch.from_numpy(np.array([*(s.source for s in segments), PADDING_SOURCE], np.int32)),
+        segment_sample=torch.from_numpy(np.array([*(s.sample for s in segments), PADDING_SOURCE], np.int64)),
         segment_lengths=tuple(lengths),
         supervised=supervised,
         image_count=image_count,
@@ -171,7 +170,10 @@ def assemble(segments: Sequence[Segment], image_size: int, image_tokens: int, pa
 
 def _image_rows(segments: Sequence[Segment], tile_tokens: int) -> tuple[np.ndarray, list[int]]:
     """int64 row that goes to each image token, newline and separator behind the rows of all tiles; and the tokens of each image."""
-    rows, used, total = [], 0, sum(len(s.pixels) for s in segments) * tile_tokens
+    squares = sum(len(s.pixels) for s in segments)
+    if not any(s.grids for s in segments):
+        return np.arange(squares * tile_tokens), [tile_tokens] * squares
+    rows, used, total = [], 0, squares * tile_tokens
     for segment in segments:
         for of_image in [layout(grid, tile_tokens) for grid in segment.grids] or [np.arange(tile_tokens)] * len(segment.pixels):
             features = of_image >= 0
@@ -180,12 +182,17 @@ def _image_rows(segments: Sequence[Segment], tile_tokens: int) -> tuple[np.ndarr
     return _concatenate(rows), [len(of_image) for of_image in rows]
 
 
+def _stack(tiles: Sequence[np.ndarray]) -> np.ndarray:
+    """[M, 3, H, W], channels last in memory, as tiles are decoded."""
+    return np.moveaxis(np.stack([np.moveaxis(tile, 0, -1) for tile in tiles]), -1, 1)
+
+
 def _round_up(value: int, bucket: int) -> int:
     return -(-value // bucket) * bucket
 
 
 def _concatenate(parts: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
+    return np.concatenate(parts).astype(np.int64, copy=False) if parts else np.zeros(0, np.int64)
 
 
 def _fill(values: np.ndarray, length: int, value: int) -> np.ndarray:

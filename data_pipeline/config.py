@@ -141,7 +141,7 @@ class DataConfig:
     workers: int = 4
     """Decoding processes a rank; 0 decodes in the training process. Does not change the batches."""
     prefetch: int = 4
-    """Micro-batches that each worker keeps ready."""
+    """Micro-batches that each worker keeps ready; of a few pictures each, up to twice as many."""
     read_stall: float = 20.0
     """Remote shards: seconds without a byte after which a request is cut and sent again."""
     read_deadline: float = 300.0

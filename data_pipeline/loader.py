@@ -6,9 +6,11 @@ of workers; the state to save is the cursor that travels with a *consumed* step,
 
 import multiprocessing
 import signal
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import chain
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -57,15 +59,6 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Sent:
-    """A micro-batch on its way from a worker."""
-
-    request: Request
-    handover: Handover
-    bad: list[BadEntry]
-
-
-@dataclass(frozen=True)
 class StepData:
     """All micro-batches of one optimizer step of this rank."""
 
@@ -92,6 +85,8 @@ class StepSampler(Sampler[Request]):
         self.config, self.plan, self.cost_model = config, plan, cost_model
         self.rank, self.ranks = rank, ranks
         self.cursor, self.step = cursor, step
+        self.asked: deque[Request] = deque()
+        """Those on their way, in order: workers do not send them back."""
 
     def __iter__(self) -> Iterator[Request]:
         """Requests from the start cursor to the end of the plan."""
@@ -108,7 +103,8 @@ class StepSampler(Sampler[Request]):
                 slots = self.assign(global_batch)[:, self.rank]
                 for micro, numbers in enumerate(slots):
                     packs = tuple(global_batch.pack(n) for n in numbers if n != EMPTY)
-                    yield Request(step, micro, len(slots), packs, cursor, global_batch.progress)
+                    self.asked.append(Request(step, micro, len(slots), packs, cursor, global_batch.progress))
+                    yield self.asked[-1]
                 step += 1
 
     def assign(self, packs: Packs) -> np.ndarray:
@@ -117,12 +113,15 @@ class StepSampler(Sampler[Request]):
         return assign(costs, self.ranks, self.config.micro_packs, self.config.global_batch)
 
 
-Found = MicroBatch | Sent | UserError | TryAgainError
-"""What comes back for a request."""
+Found = tuple[PackedBatch | Handover, list[BadEntry]] | UserError | TryAgainError
+"""What comes back for a request: its batch, or from a worker where that lies, and what was dropped; or why there is none."""
+
+IMAGES_AT_ONCE = 12
+"""Tiles from which on a request goes to a worker alone: each way between processes, and each change from words to pictures, has a price."""
 
 
-class _Requests(Dataset[Found]):
-    """`dataset[request]` materialises; the pieces travel in the request, so workers plan nothing.
+class _Requests(Dataset[list[Found]]):
+    """`dataset[requests]` materialises; the pieces travel in the requests, so workers plan nothing.
 
     A user error travels as a value: torch would raise its own copy, with the worker's traceback for a message.
     """
@@ -130,16 +129,17 @@ class _Requests(Dataset[Found]):
     def __init__(self, materialiser: Materialiser, slots: Slots | None, at_work: AtWork) -> None:
         self.materialiser, self.slots, self.at_work = materialiser, slots, at_work
 
-    def __getitem__(self, request: Request) -> Found:
-        worker = get_worker_info()
+    def __getitems__(self, requests: list[Request]) -> list[Found]:
+        """What torch calls for the requests of a worker's turn."""
+        worker, packs = get_worker_info(), [request.packs for request in requests]
         try:
             if worker is None or self.slots is None:
-                return MicroBatch(request, *self.materialiser.batch(request.packs))
-            number, room = self.slots.next(worker.id)
-            batch, bad = self.materialiser.batch(request.packs, room, self.at_work.place(worker.id))
+                return list(self.materialiser.batches(packs, [None] * len(packs)))
+            numbers, rooms = zip(*(self.slots.next(worker.id) for _ in requests), strict=True)
+            made = self.materialiser.batches(packs, rooms, self.at_work.place(worker.id))
         except (UserError, TryAgainError) as error:
-            return error
-        return Sent(request, self.slots.lay(worker.id, number, batch), bad)
+            return [error]
+        return [(self.slots.lay(worker.id, number, batch), bad) for number, (batch, bad) in zip(numbers, made, strict=True)]
 
 
 class Loader:
@@ -162,17 +162,22 @@ class Loader:
         cache = RangeCache(Path(config.cache_dir), int(config.cache_gib * 2**30)) if config.cache_dir else None
         self._remote = any(isinstance(source.path, RemotePath) for source in data.sources)
         self._pin = pin
-        room = _most_images(config, data), config.images.size, config.micro_packs * config.context
-        self._slots = Slots(config.workers, config.prefetch, *room) if config.workers else None
+        most = _most_images(config, data)
+        turn = min(config.prefetch, -(-IMAGES_AT_ONCE // most)) if config.workers else 1
+        turns = max(min(2, config.prefetch), -(-config.prefetch // turn))  # one in work while another is trained on
+        room = most, config.images.size, config.micro_packs * config.context
+        self._slots = Slots(config.workers, turn * (turns + 1), *room) if config.workers else None
         self._killers, self._at_work = killers, AtWork(config.workers)
         known = killers.known if killers else ()
         self._materialiser = Materialiser(data.sources, data.tokenizer, config.images, seed, ShardReader(cache), known)
+        self._sampler = StepSampler(config, data.plan, cost_model, rank, ranks, cursor, step)
         self._loader = DataLoader(
             _Requests(self._materialiser, self._slots, self._at_work),
-            sampler=StepSampler(config, data.plan, cost_model, rank, ranks, cursor, step),
-            batch_size=None,
+            sampler=self._sampler,
+            batch_size=turn,
+            collate_fn=_as_they_are,
             num_workers=config.workers,
-            prefetch_factor=config.prefetch if config.workers else None,
+            prefetch_factor=turns if config.workers else None,
             worker_init_fn=begin_worker,
             generator=torch.Generator(),  # its own: starting an iterator must not move the training's random state
         )
@@ -185,11 +190,12 @@ class Loader:
             UserError: an index lost its files.
         """
         micro_batches: list[MicroBatch] = []
+        self._sampler.asked.clear()
         for found in self._found():
             if isinstance(found, Exception):
                 raise found
-            micro_batches.append(self._received(found))
-            request = found.request
+            request = self._sampler.asked.popleft()
+            micro_batches.append(MicroBatch(request, *self._received(*found)))
             if len(micro_batches) == request.micro_steps:
                 yield StepData(request.step, request.cursor, request.progress, micro_batches)
                 micro_batches = []
@@ -199,14 +205,14 @@ class Loader:
         if self._loader.num_workers and self._remote:
             self._loader.multiprocessing_context = worker_context(preload=__name__)
         others, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
-        batches = iter(self._loader)
+        turns = iter(self._loader)
         if signal.getsignal(signal.SIGCHLD) is not handler:
             # torch would raise for a dead worker wherever this process is, in the midst of a step or of a checkpoint; without its handler
             # it does so where the next batch is asked for
             signal.signal(signal.SIGCHLD, handler)
         workers = [process for process in multiprocessing.active_children() if process not in others]
         try:
-            yield from batches
+            yield from chain.from_iterable(turns)
         except RuntimeError:
             dead = [process for process in workers if process.exitcode is not None]
             if not dead:
@@ -224,11 +230,14 @@ class Loader:
         said = " and ".join(f"{e.key} in {e.shard} of source {e.source} {e.reason}" for e in entries)
         return TryAgainError(f"{said}; the same command goes on without it")
 
-    def _received(self, found: MicroBatch | Sent) -> MicroBatch:
+    def _received(self, found: PackedBatch | Handover, bad: list[BadEntry]) -> tuple[PackedBatch, list[BadEntry]]:
         """Out of the worker's slot: at once, since that is written again soon."""
-        if isinstance(found, Sent) and self._slots is not None:
-            found = MicroBatch(found.request, self._slots.take(found.handover, self._pin), found.bad)
-        return replace(found, batch=found.batch.pin_memory()) if self._pin else found
+        batch = self._slots.take(found, self._pin) if isinstance(found, Handover) and self._slots is not None else found
+        return (batch.pin_memory() if self._pin else batch), bad
+
+
+def _as_they_are(found: list[Found]) -> list[Found]:
+    return found
 
 
 def _most_images(config: DataConfig, data: Data) -> int:

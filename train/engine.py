@@ -6,7 +6,7 @@ stage; the engine never divides by micro-steps or ranks on its own account.
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -22,6 +22,7 @@ from data_pipeline.batch import PackedBatch
 from data_pipeline.errors import UserError
 from train.config import Config, DeepSpeedConfig, OffloadTo
 from train.configure import data_parallel
+from train.device import Device
 from train.memory import REDUCE_BUCKET, require_trainable
 from train.model.xcomposer2 import Losses
 from train.objective import scaled_loss
@@ -52,6 +53,12 @@ def engine_json(config: Config, world: int, micro_steps: int, dtype: torch.dtype
     return _overridden(settings, config.deepspeed.extra)
 
 
+def _settings(config: Config, model: nn.Module, ranks: Ranks, dtype: torch.dtype) -> dict[str, Any]:
+    micro_steps = -(-config.data.global_batch // (data_parallel(config, ranks.world) * config.data.micro_packs))
+    trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    return engine_json(config, ranks.world, micro_steps, dtype, trainable)
+
+
 def _zero_json(engine: DeepSpeedConfig, trainable: int) -> dict[str, Any]:
     settings: dict[str, Any] = {"stage": engine.stage, "reduce_bucket_size": min(trainable, REDUCE_BUCKET)}
     offload, zero_pp = engine.offload, engine.zero_pp
@@ -75,6 +82,31 @@ def _overridden(settings: dict[str, Any], extra: dict[str, Any]) -> dict[str, An
         both = isinstance(value, dict) and isinstance(found.get(key), dict)
         found[key] = _overridden(found[key], value) if both else value
     return found
+
+
+def partition(config: Config, model: nn.Module, ranks: Ranks, device: Device, fill: Callable[[dict[str, nn.Parameter]], None]) -> None:
+    """ZeRO-3: gives every rank its part of the parameters of a model on the meta device, one module after another. All ranks call it.
+
+    Args:
+        config: of the run.
+        model: on the meta device, in its number format, `requires_grad` set.
+        ranks: that share it.
+        device: of this rank.
+        fill: gives some parameters, by their names in the model, their first values; called on rank 0, which sends them to the others.
+    """
+    settings, first = _settings(config, model, ranks, device.dtype), None
+    for path, module in reversed(list(model.named_modules())):  # children first: DeepSpeed looks through what is below a module
+        if not any(True for _ in module.parameters(recurse=False)):
+            continue
+        module.to_empty(device=device.torch_device, recurse=False)
+        named = {f"{path}.{name}".removeprefix("."): p for name, p in module.named_parameters(recurse=False)}
+        if ranks.rank == 0:
+            fill(named)
+        if first is None:
+            deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=device.dtype)
+            first = next(iter(named.values()))
+        else:
+            first.convert_to_zero_parameters(param_list=list(named.values()))
 
 
 class _Snapshots(TorchCheckpointEngine):
@@ -118,9 +150,7 @@ class Engine:
         """
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         require_trainable(config.deepspeed.stage, dtype)
-        micro_steps = -(-config.data.global_batch // (data_parallel(config, ranks.world) * config.data.micro_packs))
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        settings = engine_json(config, ranks.world, micro_steps, dtype, trainable)
+        settings = _settings(config, model, ranks, dtype)
         if universal:
             settings = _overridden(settings, {"checkpoint": {"load_universal": True}})
         try:

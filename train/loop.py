@@ -23,13 +23,13 @@ from data_pipeline.read.killers import Killers, read_killers
 from data_pipeline.read.ledger import Ledger, copy_index_damage
 from data_pipeline.samples import Kind
 from train import checkpoint, configure, optim, reshape
+from train.build import build_model
 from train.checkpoint import TrainState
 from train.config import Config, GuardThen
 from train.device import Device
 from train.engine import Engine
-from train.flops import Shape, StepCost, cost_model, peak_flops
+from train.flops import Shape, cost_model, peak_flops
 from train.guard import Guard
-from train.model.xcomposer2 import XComposer2
 from train.objective import losses_by_source
 from train.profiling import Profiling
 from train.ranks import Ranks, SequenceGroup
@@ -93,15 +93,13 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
     group = SequenceGroup.join(ranks.rank, configure.data_parallel(config, ranks.world), config.parallel.sequence)
     folder = checkpoint.find(run, ranks)
     data, saved, change = _open_data(config, checkpoint.read_state(folder) if folder else None)
-    model = build_model(config, device)
-    model.share_tokens(group.group)
-    trained, frozen = optim.resolve(model, config.train)
-    cost = StepCost.of(model, config.train.checkpointing)
+    built = build_model(config, device, ranks)
+    built.model.share_tokens(group.group)
     reshaped = saved is not None and saved.world != ranks.world and not reshape.is_whole(saved.zero_stage, saved.dtype)
-    engine = Engine(config, model, optim.adamw(trained, config.train), ranks, device.dtype, universal=reshaped)
+    engine = Engine(config, built.model, optim.adamw(built.trained, built.model, config.train), ranks, device.dtype, universal=reshaped)
     state, resumed = _resume(config, run, ranks, device, data, engine, folder, saved)
     reporter = Reporter(config, run, ranks, terminal, peak_flops(device.name))
-    figures = Figures(config, data, optim.highest_scales(trained), run.lived_s())
+    figures = Figures(config, data, optim.highest_scales(built.trained), run.lived_s())
     if ranks.rank == 0:
         begins = f"resumed from step {state.step}" if resumed else "started"
         about = f"{config.run.name}: {begins}, {ranks.world} ranks, ZeRO-{config.deepspeed.stage}, {device.dtype} ({device.reason})"
@@ -115,7 +113,9 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
             cost=asdict(cost_model(config)),
             went_back_to=state.guard.get(WENT_BACK_TO),
         )
-        reporter.begin(life, state.step, configure.as_dict(config), [optim.table(trained, frozen, config.train.lr), about, *change])
+        reporter.begin(
+            life, state.step, configure.as_dict(config), [optim.table(built.trained, built.frozen, config.train.lr), about, *change]
+        )
 
     with_images = any(source.kind is not Kind.text for source in data.sources)
     heaviest = part_of(heaviest_batch(config.data, with_images), group.rank, group.size, config.data.images.tokens)
@@ -203,8 +203,8 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
             watchdog.beat(state.step, "checkpoint")
             host |= validation.measure()
             reporter.show(state.step, validation.captions())
-        model_flops = sum(cost.total(Shape.useful(m.batch)).model for m in step.micro_batches) // group.size
-        hardware_flops = sum(cost.total(Shape.of(part)).hardware for part in parts)
+        model_flops = sum(built.cost.total(Shape.useful(m.batch)).model for m in step.micro_batches) // group.size
+        hardware_flops = sum(built.cost.total(Shape.of(part)).hardware for part in parts)
         image_tokens = sum(len(part.image_index) for part in parts if part.image_count)
         reporter.add(state.step, by_source, host, Own(stopwatch.laps(), image_tokens, device.most_memory(), model_flops, hardware_flops))
         saves = counts.save > 0 or state.step % config.checkpoint.every == 0
@@ -240,16 +240,6 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
             final.write(run, weights, state.step)
     reporter.close()
     return replace(ending, step=state.step)
-
-
-def build_model(config: Config, device: Device) -> XComposer2:
-    """The model with the stage's starting weights, on the device and in its number format; the host holds a tensor at a time."""
-    with torch.device("meta"):
-        model = XComposer2(config.model, config.data.images.size, config.data.images.tokens)
-    model = model.to(device.dtype).to_empty(device=device.torch_device)
-    initial.fill(model, config)
-    model.apply_cost_settings(config.train.checkpointing, config.train.compile)
-    return model
 
 
 def _open_data(config: Config, saved: TrainState | None) -> tuple[Data, TrainState | None, list[str]]:

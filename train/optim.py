@@ -27,16 +27,14 @@ class Group:
     lr_scale: float
     weight_decay: float
     names: list[str]
-    parameters: list[nn.Parameter]
-
-    @property
-    def count(self) -> int:
-        """Numbers in all tensors of the group."""
-        return sum(p.numel() for p in self.parameters)
+    count: int
+    """Numbers in all tensors of the group."""
 
 
 def resolve(model: nn.Module, config: TrainConfig) -> tuple[list[Group], list[Group]]:
     """Applies the rules: sets `requires_grad` and returns the trainable groups and, for the table, the frozen ones.
+
+    The model may lie on the meta device, but not under ZeRO-3, which empties weights.
 
     Raises:
         UserError: a parameter that no rule matches, or nothing to train.
@@ -52,7 +50,7 @@ def resolve(model: nn.Module, config: TrainConfig) -> tuple[list[Group], list[Gr
         key = (rule.match, _lr_scale(rule, name, depth), _decay(rule, config, name, parameter), rule.trainable)
         found.setdefault(key, []).append((name, parameter))
     groups = [
-        (trainable, Group(pattern, scale, decay, [n for n, _ in members], [p for _, p in members]))
+        (trainable, Group(pattern, scale, decay, [name for name, _ in members], sum(p.numel() for _, p in members)))
         for (pattern, scale, decay, trainable), members in found.items()
     ]
     trained = [g for trainable, g in groups if trainable]
@@ -78,10 +76,11 @@ def highest_scales(groups: Iterable[Group]) -> dict[str, float]:
     return found
 
 
-def adamw(groups: list[Group], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the groups, one kernel a tensor; `set_lr` gives each step its learning rate."""
-    parameters = [{"params": g.parameters, "weight_decay": g.weight_decay, "lr": 0.0, "lr_scale": g.lr_scale} for g in groups]
-    return torch.optim.AdamW(parameters, lr=0.0, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
+def adamw(groups: list[Group], model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over the groups of a model, one kernel a tensor; `set_lr` gives each step its learning rate."""
+    named = dict(model.named_parameters())
+    settings = [{"params": [named[n] for n in g.names], "weight_decay": g.weight_decay, "lr": 0.0, "lr_scale": g.lr_scale} for g in groups]
+    return torch.optim.AdamW(settings, lr=0.0, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

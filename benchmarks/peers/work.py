@@ -29,10 +29,10 @@ def square(image: Image.Image) -> torch.Tensor:
 
 
 def decoded_square(data: bytes, decoder: str) -> torch.Tensor:
-    """[3, SIZE, SIZE] uint8 of an encoded picture, by `pil` or `fast`."""
+    """uint8 of an encoded picture: [3, SIZE, SIZE] by `pil`, [SIZE, SIZE, 3], as our decoder leaves it in memory, by `fast`."""
     if decoder == "pil":
         return square(Image.open(io.BytesIO(data)).convert("RGB"))
-    return torch.from_numpy(load_square(data, ImageConfig(size=SIZE), None))
+    return torch.from_numpy(load_square(data, ImageConfig(size=SIZE), None).transpose(1, 2, 0))
 
 
 def decoded(sample: Mapping[str, Any], decoder: str) -> tuple[torch.Tensor, list[int]]:
@@ -41,7 +41,7 @@ def decoded(sample: Mapping[str, Any], decoder: str) -> tuple[torch.Tensor, list
 
 
 def collate(samples: Sequence[tuple[torch.Tensor, list[int]]]) -> tuple[torch.Tensor, list[list[int]]]:
-    """Pictures [M, 3, SIZE, SIZE] and token ids of a batch of `decoded`."""
+    """Pictures [M, ...], as `decoded` gives them, and token ids of a batch of `decoded`."""
     images, captions = zip(*samples, strict=True)
     return default_collate(list(images)), list(captions)
 

@@ -45,6 +45,12 @@ SCALED_SIDES = 4
 """A JPEG is scaled down while it is decoded only where this many sides of what is asked for are left: at 2, detailed pictures came out more
 than a grey level off."""
 
+_RESIZERS = {
+    Image.Resampling.BICUBIC: torch.ops.aten._upsample_bicubic2d_aa.out,
+    Image.Resampling.BILINEAR: torch.ops.aten._upsample_bilinear2d_aa.out,
+}
+"""What torch's `interpolate` calls for an antialiased resize, but into a tensor that is there."""
+
 Size = tuple[int, int]
 """Width and height in pixels."""
 Box = tuple[float, float, float, float]
@@ -84,6 +90,8 @@ def image_tokens(data: bytes, policy: ImageConfig) -> int:
 def load(data: bytes, policy: ImageConfig, rng: np.random.Generator | None, room: np.ndarray | None = None) -> Picture:
     """An encoded image by the policy; augmented with `rng`; its tiles laid into `room` [at least as many, 3, size, size] uint8, if given.
 
+    Pixels lie with their three values side by side (channels last), as decoders write them; to turn that over costs a third of a decode.
+
     Raises:
         BadSample: the bytes do not decode.
     """
@@ -105,11 +113,11 @@ def cut(picture: np.ndarray, grid: Grid, side: int) -> tuple[np.ndarray, ...]:
     to grey levels, as all tiles are.
     """
     (rows, columns), (_, height, width) = grid, picture.shape
-    canvas = np.full((3, rows * side, columns * side), 255, np.uint8)
-    top, left = (canvas.shape[1] - height) // 2, (canvas.shape[2] - width) // 2
-    canvas[:, top : top + height, left : left + width] = picture
-    view = interpolate(torch.from_numpy(canvas)[None].float(), (side, side), mode="bicubic", align_corners=False)[0]
-    tiles = canvas.reshape(3, rows, side, columns, side).transpose(1, 3, 0, 2, 4).reshape(-1, 3, side, side)
+    canvas = np.full((rows * side, columns * side, 3), 255, np.uint8)  # channels last, as the picture lies
+    top, left = (canvas.shape[0] - height) // 2, (canvas.shape[1] - width) // 2
+    canvas[top : top + height, left : left + width] = picture.transpose(1, 2, 0)
+    view = interpolate(torch.from_numpy(canvas).movedim(-1, 0)[None].float(), (side, side), mode="bicubic", align_corners=False)[0]
+    tiles = [tile.transpose(2, 0, 1) for row in np.split(canvas, rows) for tile in np.split(row, columns, axis=1)]
     return (view.round_().clamp_(0, 255).to(torch.uint8).numpy(), *tiles)
 
 
@@ -125,9 +133,9 @@ def load_square(data: bytes, policy: ImageConfig, rng: np.random.Generator | Non
     Raises:
         BadSample: the bytes do not decode.
     """
-    picture = _load(data, (policy.size, policy.size), Image.Resampling.BICUBIC, policy, rng)
-    if out is None:
-        return np.ascontiguousarray(picture)
+    picture = _load(data, (policy.size, policy.size), Image.Resampling.BICUBIC, policy, rng, out)
+    if out is None or picture is out:
+        return picture
     out[:] = picture
     return out
 
@@ -136,10 +144,20 @@ def _grid(size: tuple[int, int], policy: ImageConfig) -> Grid:
     return grid_of(*size, policy.most_tiles, policy.size)
 
 
-def _load(data: bytes, target: Size, filtered: Image.Resampling, policy: ImageConfig, rng: np.random.Generator | None) -> np.ndarray:
-    """[3, height, width] uint8, a view, of an encoded image at the size `target`, by the policy's decoder; augmented with `rng`."""
+def _load(
+    data: bytes,
+    target: Size,
+    filtered: Image.Resampling,
+    policy: ImageConfig,
+    rng: np.random.Generator | None,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """[3, height, width] uint8, a view, of an encoded image at the size `target`, by the policy's decoder; augmented with `rng`.
+
+    It is `out` itself where it could be resized to there.
+    """
     if policy.decoder is ImageDecoder.fast:
-        pixels = _fast_jpeg(data, target, filtered, policy, rng)
+        pixels = _fast_jpeg(data, target, filtered, policy, rng, out)
         if pixels is not None:
             return pixels
     return _resized(decode(data), target, filtered, policy, rng)
@@ -172,7 +190,7 @@ def decode(data: bytes) -> Image.Image:
 
 def to_square(image: Image.Image, policy: ImageConfig, rng: np.random.Generator | None) -> np.ndarray:
     """[3, size, size] uint8: the whole image resized bicubically with antialias; with `rng`, cropped and jittered first."""
-    return np.ascontiguousarray(_resized(image, (policy.size, policy.size), Image.Resampling.BICUBIC, policy, rng))
+    return _resized(image, (policy.size, policy.size), Image.Resampling.BICUBIC, policy, rng)
 
 
 def _resized(
@@ -192,7 +210,12 @@ def _jittered(picture: Image.Image, policy: ImageConfig, rng: np.random.Generato
 
 
 def _fast_jpeg(
-    data: bytes, target: Size, filtered: Image.Resampling, policy: ImageConfig, rng: np.random.Generator | None
+    data: bytes,
+    target: Size,
+    filtered: Image.Resampling,
+    policy: ImageConfig,
+    rng: np.random.Generator | None,
+    out: np.ndarray | None,
 ) -> np.ndarray | None:
     """As `_resized`, for a JPEG in grey or RGB; None, with no random number drawn, where Pillow is to read it."""
     found = _decode_jpeg(data, max(target), policy.crop)
@@ -205,12 +228,13 @@ def _fast_jpeg(
         across, down = pixels.shape[1] / width, pixels.shape[0] / height  # decoded at a smaller scale, perhaps
         box = (left * across, upper * down, min(right * across, pixels.shape[1]), min(lower * down, pixels.shape[0]))
         return _jittered(Image.fromarray(pixels).resize(target, filtered, box=box), policy, rng)
-    # channels last, as it lies in memory: torch's kernel for uint8 is then the one that is vectorised
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    picture = interpolate(image, target[::-1], mode=filtered.name.lower(), antialias=True, align_corners=False)[0]
-    if rng is None or not policy.jitter:
-        return picture.numpy()
-    return _jittered(Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())), policy, rng)
+    # channels last on both sides, as it lies in memory: torch's kernel for uint8 is then the one that is vectorised, and turns nothing over
+    jittered = rng is not None and policy.jitter
+    picture = np.empty((target[1], target[0], 3), np.uint8).transpose(2, 0, 1) if out is None or jittered else out
+    _RESIZERS[filtered](
+        torch.from_numpy(pixels).permute(2, 0, 1)[None], target[::-1], False, None, None, out=torch.from_numpy(picture)[None]
+    )
+    return _jittered(Image.fromarray(picture.transpose(1, 2, 0)), policy, rng) if jittered else picture
 
 
 def _decode_jpeg(data: bytes, side: int, crop: float) -> tuple[np.ndarray, tuple[int, int]] | None:

@@ -4,7 +4,10 @@ Invariant: a piece gives the same segment on every worker, rank and life, or is 
 """
 
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,10 +18,36 @@ from data_pipeline.read.images import Picture, image_tokens, load
 from data_pipeline.read.ledger import BadEntry
 from data_pipeline.read.storage import ShardReader
 from data_pipeline.samples import BadSample, Element, ImageElement, parse
-from data_pipeline.shards.source import Location, ShardSource
+from data_pipeline.shards.source import ShardSource
 from data_pipeline.shards.tar import read_members
-from data_pipeline.text.templates import Bounds, render
+from data_pipeline.text.templates import Bounds, Rendered, render
 from data_pipeline.text.tokenizer import Tokenizer
+
+Made = tuple[PackedBatch, list[BadEntry]]
+"""A micro-batch and what had to be dropped from it."""
+
+
+class _Place(NamedTuple):
+    """Where a piece comes from: a row of `Pieces` in Python's own numbers."""
+
+    source: int
+    epoch: int
+    row: int
+    start_element: int
+    start_offset: int
+    end_element: int
+    end_offset: int
+    tokens: int
+    last: bool
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A piece whose pictures are not decoded yet."""
+
+    place: _Place
+    elements: list[Element]
+    rendered: Rendered
 
 
 class Materialiser:
@@ -40,37 +69,33 @@ class Materialiser:
         self.reader = reader or ShardReader()
         self._killers = self._rows(killers)
 
-    def batch(
-        self, packs: Sequence[Pieces], room: np.ndarray | None = None, at: np.ndarray | None = None
-    ) -> tuple[PackedBatch, list[BadEntry]]:
-        """The packs of a micro-batch as one batch, and what had to be dropped.
+    def batch(self, packs: Sequence[Pieces]) -> Made:
+        """The packs of a micro-batch as one batch, and what had to be dropped."""
+        return self.batches([packs], [None])[0]
+
+    def batches(self, requests: Sequence[Sequence[Pieces]], rooms: Sequence[np.ndarray | None], at: np.ndarray | None = None) -> list[Made]:
+        """The packs of several micro-batches.
+
+        Words first, then all pictures, then what is made of both: a picture fills a processor's cache, and words handled between two of
+        them cost twice as much.
 
         Args:
-            packs: the pieces of each.
-            room: [at least their tiles, 3, H, W] uint8, where images are decoded to; memory of their own by default.
+            requests: the packs of each micro-batch, and of each the pieces.
+            rooms: [at least its tiles, 3, H, W] uint8 of each, where images are decoded to; None: memory of their own.
             at: [2] int64 that says which (source, row) is in work.
         """
-        found: list[Segment | BadEntry] = []
-        laid = 0
-        for pieces in packs:
-            found += self.segments(pieces, at, None if room is None else room[laid:])
-            laid = sum(len(s.pixels) for s in found if isinstance(s, Segment))
-        return self.assemble([s for s in found if isinstance(s, Segment)], room), [b for b in found if isinstance(b, BadEntry)]
-
-    def segments(self, pieces: Pieces, at: np.ndarray | None = None, room: np.ndarray | None = None) -> list[Segment | BadEntry]:
-        """What each piece of a pack gives: its segment, or why it was dropped. `at` and `room` as for `batch`."""
-        data = self.reader.read_all([self._locate(pieces, i) for i in range(len(pieces))])
-        found = []
-        for i in range(len(pieces)):
-            if at is not None:
-                at[:] = pieces.source[i], pieces.row[i]
-            segment = self._segment(pieces, i, data[i], room)
-            if room is not None and isinstance(segment, Segment):  # what a dropped one left there is written over
-                room = room[len(segment.pixels) :]
-            found.append(segment)
+        read = [[self._read_all(pieces, at) for pieces in packs] for packs in requests]
+        decoded = [self._decode_all(list(chain(*parts)), room, at) for parts, room in zip(read, rooms, strict=True)]
         if at is not None:
             at[:] = -1
-        return found
+        return [
+            (self.assemble([s for s in found if isinstance(s, Segment)], room), [b for b in found if isinstance(b, BadEntry)])
+            for found, room in zip(decoded, rooms, strict=True)
+        ]
+
+    def segments(self, pieces: Pieces) -> list[Segment | BadEntry]:
+        """What each piece of a pack gives: its segment, or why it was dropped."""
+        return self._decode_all(self._read_all(pieces, None), None, None)
 
     def assemble(self, segments: Sequence[Segment], room: np.ndarray | None = None) -> PackedBatch:
         """The segments as one batch."""
@@ -103,35 +128,50 @@ class Materialiser:
             raise BadSample(f"unreadable tar: {error}") from None
         return parse(self.sources[source].kind, members)
 
-    def _locate(self, pieces: Pieces, i: int) -> Location:
-        return self.sources[int(pieces.source[i])].locate(int(pieces.row[i]))
+    def _read_all(self, pieces: Pieces, at: np.ndarray | None) -> list[_Read | BadEntry]:
+        columns = (getattr(pieces, name).tolist() for name in _Place._fields)
+        places = [_Place(*row) for row in zip(*columns, strict=True)]
+        data = self.reader.read_all([self.sources[place.source].locate(place.row) for place in places])
+        return [self._kept(self._read, place, at, found) for place, found in zip(places, data, strict=True)]
 
-    def _segment(self, pieces: Pieces, i: int, data: bytes | BadSample, room: np.ndarray | None) -> Segment | BadEntry:
-        source, row, epoch = int(pieces.source[i]), int(pieces.row[i]), int(pieces.epoch[i])
-        bounds = Bounds(
-            int(pieces.start_element[i]),
-            int(pieces.start_offset[i]),
-            int(pieces.end_element[i]),
-            int(pieces.end_offset[i]),
-            bool(pieces.last[i]),
-        )
+    def _decode_all(self, read: Sequence[_Read | BadEntry], room: np.ndarray | None, at: np.ndarray | None) -> list[Segment | BadEntry]:
+        found: list[Segment | BadEntry] = []
+        for piece in read:
+            segment = self._kept(self._decoded, piece.place, at, piece, room) if isinstance(piece, _Read) else piece
+            if room is not None and isinstance(segment, Segment):  # what a dropped one left there is written over
+                room = room[len(segment.pixels) :]
+            found.append(segment)
+        return found
+
+    def _kept(self, work: Callable[..., Any], place: _Place, at: np.ndarray | None, *arguments: Any) -> Any:
+        """What `work` makes of a piece, or why it was dropped; `at` says meanwhile which sample is in work."""
+        if at is not None:
+            at[:] = place.source, place.row
         try:
-            if (source, row) in self._killers:
-                raise BadSample(self._killers[source, row])
-            if isinstance(data, BadSample):
-                raise data
-            elements = self._parse(source, data)
-            rendered = render(elements, bounds, self.tokenizer, self._image_tokens)
-            counted = int(pieces.tokens[i]) - (0 if bounds.last else 1)
-            if len(rendered.ids) != counted:
-                raise BadSample(f"sample changed since it was indexed: {len(rendered.ids)} tokens, not {counted}")
-            pictures, tiles = [], ()
-            for number in rendered.images:
-                pictures.append(self._picture(elements, number, source, epoch, row, None if room is None else room[len(tiles) :]))
-                tiles += pictures[-1].tiles
+            return work(place, *arguments)
         except BadSample as error:
-            return self.entry(source, row, str(error))
-        return Segment(rendered, tiles, source, row, tuple(grid for picture in pictures for grid in picture.grids))
+            return self.entry(place.source, place.row, str(error))
+
+    def _read(self, place: _Place, data: bytes | BadSample) -> _Read:
+        if (place.source, place.row) in self._killers:
+            raise BadSample(self._killers[place.source, place.row])
+        if isinstance(data, BadSample):
+            raise data
+        elements = self._parse(place.source, data)
+        bounds = Bounds(place.start_element, place.start_offset, place.end_element, place.end_offset, place.last)
+        rendered = render(elements, bounds, self.tokenizer, self._image_tokens)
+        counted = place.tokens - (0 if place.last else 1)
+        if len(rendered.ids) != counted:
+            raise BadSample(f"sample changed since it was indexed: {len(rendered.ids)} tokens, not {counted}")
+        return _Read(place, elements, rendered)
+
+    def _decoded(self, place: _Place, read: _Read, room: np.ndarray | None) -> Segment:
+        pictures, tiles = [], ()
+        for number in read.rendered.images:
+            left = None if room is None else room[len(tiles) :]
+            pictures.append(self._picture(read.elements, number, place.source, place.epoch, place.row, left))
+            tiles += pictures[-1].tiles
+        return Segment(read.rendered, tiles, place.source, place.row, tuple(grid for picture in pictures for grid in picture.grids))
 
     def _image_tokens(self, element: ImageElement) -> int:
         return image_tokens(element.data, self.images)

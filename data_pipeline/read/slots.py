@@ -2,24 +2,28 @@
 
 Fresh shared memory a batch costs a page fault for every 4 KiB and a file descriptor through a socket, and a pipe costs a thread that
 pickles beside the one that decodes: on pictures of 490 pixels a quarter of a worker's time. Invariant: a slot is written again only after
-its batch was taken out. Nobody signals that: torch's DataLoader gives a worker its next request when an earlier batch of that worker was
-received, so at most `prefetch` batches of a worker are not yet received and one more is not yet taken; a worker goes round `prefetch + 1`
-slots. Each slot carries the number of the batch that it holds, which is checked after the batch was copied: if the order of requests ever
-were another one, the run would end.
+its batch was taken out. Nobody signals that: torch's DataLoader gives a worker its next turn when an earlier turn of that worker was
+received, so at most as many turns of a worker as are prefetched are not yet received and one more is not yet taken; a worker goes round the
+slots of one turn more than are prefetched. Each slot carries the number of the batch that it holds, which is checked after the batch was
+copied: if the order of turns ever were another one, the run would end.
 """
 
 import math
-import pickle
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from data_pipeline.batch import PackedBatch
 from data_pipeline.errors import UserError
 
-WORDS_PER_TOKEN = 8
-"""Of int64 in a batch for each of its tokens, at most (ids, positions, image and target indices), and a little to spare."""
+WORDS_PER_TOKEN = 10
+"""Of int64 in a batch for each of its tokens, at most: ids, positions, two of an image token, three of a target; a segment of two tokens
+has two and an image of one has two."""
+BUCKET_TOKENS = 64
+"""What T and L may be rounded up by."""
 
 
 @dataclass(frozen=True)
@@ -29,23 +33,26 @@ class Handover:
     worker: int
     number: int
     images: int
-    words: int | bytes
-    """Bytes of the pickled batch without its images; those bytes themselves where they do not fit."""
+    words: list[tuple[str, str, tuple[int, ...]]]
+    """(name, dtype, shape) of the batch's other tensors, as they lie one behind the other."""
+    rest: dict[str, Any]
+    """What the batch holds beside tensors."""
 
 
 class Slots:
-    """`workers` x `prefetch + 1` places for a batch; made before the workers, which inherit it."""
+    """`workers` x `places` places for a batch; made before the workers, which inherit it."""
 
-    def __init__(self, workers: int, prefetch: int, most: int, size: int, tokens: int) -> None:
+    def __init__(self, workers: int, places: int, most: int, size: int, tokens: int) -> None:
         """For uint8 images [up to `most`, 3, size, size] and as many `tokens`. UserError: the machine has not that much shared memory."""
-        shape = (workers, prefetch + 1, most, 3, size, size)
+        shape = (workers, places, most, size, size, 3)
         try:
-            self._pixels = torch.empty(shape, dtype=torch.uint8).share_memory_()
-            self._words = torch.empty((workers, prefetch + 1, 8 * WORDS_PER_TOKEN * tokens), dtype=torch.uint8).share_memory_()
+            # channels last, as decoders write; seen from outside as [..., 3, size, size]
+            self._pixels = torch.empty(shape, dtype=torch.uint8).share_memory_().movedim(-1, -3)
+            self._words = torch.empty((workers, places, 8 * WORDS_PER_TOKEN * (tokens + BUCKET_TOKENS)), dtype=torch.uint8).share_memory_()
         except RuntimeError as error:
             needed = f"{math.prod(shape) / 2**20:,.0f} MiB of shared memory for the pictures of {workers} workers"
             raise UserError(f"{needed}: {error} (lower data.workers or data.prefetch, or give /dev/shm more room)") from None
-        self._holds = torch.full((workers, prefetch + 1), -1, dtype=torch.int64).share_memory_()
+        self._holds = torch.full((workers, places), -1, dtype=torch.int64).share_memory_()
         self._number = 0
 
     def next(self, worker: int) -> tuple[int, np.ndarray]:
@@ -57,12 +64,12 @@ class Slots:
 
     def lay(self, worker: int, number: int, batch: PackedBatch) -> Handover:
         """Lays the words of a batch beside its pixels, which are in their place already."""
-        words = pickle.dumps(replace(batch, images=batch.images[:0].clone()), pickle.HIGHEST_PROTOCOL)
+        arrays = {name: value.numpy() for name, value in batch.tensors().items() if name != "images"}
+        arrays = dict(sorted(arrays.items(), key=lambda item: -item[1].itemsize))  # then each begins where its numbers may
         place = self._words[worker, number % self._holds.shape[1]].numpy()
-        if len(words) > len(place):
-            return Handover(worker, number, len(batch.images), words)
-        place[: len(words)] = np.frombuffer(words, np.uint8)
-        return Handover(worker, number, len(batch.images), len(words))
+        np.concatenate([a.reshape(-1).view(np.uint8) for a in arrays.values()], out=place[: sum(a.nbytes for a in arrays.values())])
+        rest = {name: value for name, value in vars(batch).items() if not isinstance(value, Tensor)}
+        return Handover(worker, number, len(batch.images), [(name, a.dtype.str, a.shape) for name, a in arrays.items()], rest)
 
     def take(self, found: Handover, pin: bool) -> PackedBatch:
         """The batch, a copy; its images [M, 3, size, size] uint8 in page-locked memory with `pin`.
@@ -72,8 +79,13 @@ class Slots:
         """
         slot = found.number % self._holds.shape[1]
         shared = self._pixels[found.worker, slot, : found.images]
-        images = torch.empty(shared.shape, dtype=torch.uint8, pin_memory=pin).copy_(shared)
-        words = found.words if isinstance(found.words, bytes) else self._words[found.worker, slot, : found.words].numpy().tobytes()
+        images = torch.empty_like(shared, pin_memory=pin).copy_(shared)  # in the order of its bytes: a plain copy
+        words, at = self._words[found.worker, slot].numpy(), 0
+        tensors = {"images": images}
+        for name, dtype, shape in found.words:
+            array = np.empty(shape, dtype)
+            array.reshape(-1).view(np.uint8)[:] = words[at : at + array.nbytes]
+            tensors[name], at = torch.from_numpy(array), at + array.nbytes
         if int(self._holds[found.worker, slot]) != found.number:
             raise RuntimeError(f"worker {found.worker} wrote over its batch {found.number} before that was taken")
-        return replace(pickle.loads(words), images=images)
+        return PackedBatch(**tensors, **found.rest)

@@ -7,9 +7,10 @@ import bisect
 import hashlib
 import json
 import os
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from itertools import repeat
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,8 +26,7 @@ from data_pipeline.shards.index import read_index, sidecar_path
 from data_pipeline.shards.merge import ROW, SOURCE_FILE, VERSION, SourceFacts
 
 
-@dataclass(frozen=True)
-class Location:
+class Location(NamedTuple):
     """Where a sample's bytes lie."""
 
     shard: ShardPath
@@ -68,6 +68,7 @@ class ShardSource:
         self.text_tokens = self.facts.text_tokens
         self.images = self.facts.images
         self._files: dict[str, int] = {}
+        self._shard_paths: dict[int, ShardPath] = {}
         self._kept = self._columns
         if selection:
             self._kept = Path(selection)
@@ -118,8 +119,14 @@ class ShardSource:
         """Where the bytes of a sample lie."""
         record = self._read("rows", row, row + 1, ROW)[0]
         shard = int(record["shard"])
-        path = self.path / self.facts.shards[shard]
-        return Location(path, self.facts.shard_sizes[shard], int(record["offset"]), int(record["size"]), int(record["digest"]))
+        return Location(
+            self._shard_path(shard), self.facts.shard_sizes[shard], int(record["offset"]), int(record["size"]), int(record["digest"])
+        )
+
+    def _shard_path(self, shard: int) -> ShardPath:
+        if shard not in self._shard_paths:  # joining a path costs more than reading a row
+            self._shard_paths[shard] = self.path / self.facts.shards[shard]
+        return self._shard_paths[shard]
 
     def row_at(self, shard: str, offset: int) -> int | None:
         """The row that begins at this byte of a shard; None where no indexed sample does."""

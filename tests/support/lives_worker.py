@@ -31,11 +31,12 @@ def with_nan_gradients(steps: list[int], micro_steps: int):
     build = loop.build_model
 
     def broken(*arguments):
-        model, calls = build(*arguments), []
+        built, calls = build(*arguments), []
+        model = built.model
         model.register_forward_pre_hook(lambda *_: calls.append(None))
         weight = model.projector.get_parameter(next(name for name, _ in model.projector.named_parameters()))
         weight.register_hook(lambda grad: grad * torch.nan if (len(calls) - 2) // micro_steps + 1 in steps else grad)
-        return model
+        return built
 
     return broken
 

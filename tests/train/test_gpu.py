@@ -73,7 +73,7 @@ def test_plora_takes_no_rows_at_all(row: Row) -> None:
 def test_fused_adamw_is_the_plain_one(row: Row) -> None:
     config = TrainConfig(steps=1, lr=1e-3, groups=[GroupRule(".*")])
     models = [tiny_model().to("cuda") for _ in range(2)]
-    optimizers = [adamw(resolve(model, config)[0], config) for model in models]
+    optimizers = [adamw(resolve(model, config)[0], model, config) for model in models]
     for group in optimizers[1].param_groups:
         group["fused"] = False
     for step in range(3):

@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 from batches import batch_of
 from hub_folders import SIZE, as_bins, change, clip, dinov2, llama, saved, stage_config
 from safetensors.torch import save_file
+from stages import run_ranks
 
 from data_pipeline.errors import UserError
-from train.config import Config
+from train.config import Config, GroupRule
 from train.model.xcomposer2 import XComposer2
 from train.weights import initial
 from train.weights.hub import HubFolder
@@ -302,3 +304,26 @@ def test_the_digest_of_a_folder_follows_its_bytes(damaged):
     change(folder, model__norm__weight=torch.full((48,), 0.5))
     assert initial.digest(config) != before
     assert initial.digest(stage_config()) is None
+
+
+def test_under_zero_3_each_rank_holds_its_part_and_one_module_more_and_one_rank_reads(folders, environment, tmp_path):
+    config = stage_config()
+    config.model.decoder.weights, config.model.vision.weights = str(folders / "sharded"), str(folders / "clip")
+    config.train.groups = [GroupRule("decoder", trainable=False), GroupRule(".*")]
+    config.deepspeed.stage, config.data.global_batch = 3, 2
+    torch.save(config, tmp_path / "config.pt")
+    worker = str(Path(__file__).parents[1] / "support" / "parts_worker.py")
+    command = [sys.executable, worker, str(tmp_path / "config.pt"), str(tmp_path / "out.pt")]
+    run_ranks(command, {"OMP_NUM_THREADS": environment["OMP_NUM_THREADS"]})
+
+    model, weights = filled(config), torch.load(tmp_path / "out.pt", weights_only=True)
+    assert {name: p.shape for name, p in model.named_parameters()} == {name: w.shape for name, w in weights.items()}
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters()), "the same weights, bitwise"
+
+    first, second = (json.loads((tmp_path / f"out.pt.{rank}.json").read_text()) for rank in range(2))
+    whole = sum(p.nbytes for p in model.parameters())
+    module = max(sum(p.nbytes for p in m.parameters(recurse=False)) for m in model.modules())
+    assert (first["filled"] > 10, second["filled"]) == (True, 0)
+    for rank in (first, second):
+        assert rank["held"] < 0.51 * whole
+    assert first["most"] < 0.51 * whole + module

@@ -5,7 +5,6 @@ reads a tensor's value on the host. Fresh weights depend on the seed and on each
 """
 
 import hashlib
-from collections.abc import Container
 from typing import NamedTuple
 
 import torch
@@ -94,25 +93,27 @@ class XComposer2(nn.Module):
         """Shape of every parameter by name."""
         return {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
 
+    def init_weights(self, seed: int) -> None:
+        """Fresh weights everywhere."""
+        for name, parameter in self.named_parameters():
+            self.init_weight(name, parameter, seed)
+
     @torch.no_grad()
-    def init_weights(self, seed: int, loaded: Container[str] = ()) -> None:
-        """Fresh weights where none will be `loaded`: matrices and tables N(0, init_std), biases and PLoRA's B zero, norms one.
+    def init_weight(self, name: str, parameter: nn.Parameter, seed: int) -> None:
+        """A fresh weight: matrices and tables N(0, init_std), biases and PLoRA's B zero, norms one.
 
         A is N(0, init_std) too, as it is in effect in the official code. With B zero the decoder starts as its base model.
         """
-        for name, parameter in self.named_parameters():
-            if name in loaded:
-                continue
-            if name.endswith("plora_b") or name.endswith("bias"):
-                parameter.zero_()
-            elif parameter.dim() > 1:
-                # Drawn on the CPU in fp32: the same weights on every device and in every precision.
-                fresh = torch.empty(parameter.shape).normal_(0.0, self.init_std, generator=_generator(seed, name))
-                parameter.copy_(fresh)
-            elif name.endswith("gamma"):  # LayerScale
-                parameter.fill_(self.get_submodule(name.rpartition(".")[0]).init_values)
-            else:
-                parameter.fill_(1.0)
+        if name.endswith("plora_b") or name.endswith("bias"):
+            parameter.zero_()
+        elif parameter.dim() > 1:
+            # Drawn on the CPU in fp32: the same weights on every device and in every precision.
+            fresh = torch.empty(parameter.shape).normal_(0.0, self.init_std, generator=_generator(seed, name))
+            parameter.copy_(fresh)
+        elif name.endswith("gamma"):  # LayerScale
+            parameter.fill_(self.get_submodule(name.rpartition(".")[0]).init_values)
+        else:
+            parameter.fill_(1.0)
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

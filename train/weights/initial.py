@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from data_pipeline.errors import UserError
 from train.config import Config
@@ -69,19 +70,37 @@ def digest(config: Config) -> str | None:
     return hashlib.sha256("".join(found).encode()).hexdigest() if len(found) > 1 else next(iter(found), None)
 
 
+class Initial:
+    """The first value of every parameter: fresh from the seed, or loaded and converted to its format."""
+
+    def __init__(self, config: Config, model: XComposer2) -> None:
+        """`model` may be on the meta device.
+
+        Raises:
+            UserError: as `check`.
+        """
+        self._model, self._seed = model, config.run.seed
+        self._sources = sources(config, model)
+        for source in self._sources:
+            fits(source.entries, source.folder, source.key, source.ignored, source.differing)
+        self._loaded = {entry.ours for source in self._sources for entry in source.entries}
+
+    def fill(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Gives these parameters, named as in the model, their values."""
+        for name, parameter in parameters.items():
+            if name not in self._loaded:
+                self._model.init_weight(name, parameter, self._seed)
+        for source in self._sources:
+            load([entry for entry in source.entries if entry.ours in parameters], source.folder, parameters)
+
+
 def fill(model: XComposer2, config: Config) -> None:
-    """Gives every parameter its first value: fresh from the seed, or loaded and converted to its format.
+    """Gives every parameter its first value.
 
     Raises:
         UserError: as `check`.
     """
-    found = sources(config, model)
-    for source in found:
-        fits(source.entries, source.folder, source.key, source.ignored, source.differing)
-    model.init_weights(config.run.seed, loaded={entry.ours for source in found for entry in source.entries})
-    parameters = dict(model.named_parameters())
-    for source in found:
-        load(source.entries, source.folder, parameters)
+    Initial(config, model).fill(dict(model.named_parameters()))
 
 
 def sources(config: Config, model: XComposer2) -> list[Source]:

@@ -129,7 +129,7 @@ def test_losses_measured_on_the_way_are_those_of_the_weights_of_their_step(other
     sees = lines[6]["validation/picture/nll_wrong"] - lines[6]["validation/picture/nll_right"]
     assert lines[6]["validation/picture/wrong_minus_right"] == sees
 
-    scorer.model = loop.build_model(config, Device(torch.device("cpu"), scorer.model.head.weight.dtype, "")).eval()
+    scorer.model = loop.build_model(config, Device(torch.device("cpu"), scorer.model.head.weight.dtype, "")).model.eval()
     base = scorer.score(scorer.texts(Path(config.evaluate.text))).mean()
     for step in (2, 6):
         lost = lines[step]["validation/text/nll"] - lines[step]["validation/text/minus_base"]

@@ -1,0 +1,53 @@
+"""The model as training gets it: built without memory, rules applied, then each parameter given its first value in its place.
+
+Invariant: nobody holds more than it must. Without ZeRO-3 the host has one foreign tensor at a time; under ZeRO-3 a rank has its part of
+the parameters and one module besides, and rank 0 alone reads the files.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from train import optim
+from train.config import Config
+from train.device import Device
+from train.engine import partition
+from train.flops import StepCost
+from train.model.xcomposer2 import XComposer2
+from train.optim import Group
+from train.ranks import Ranks
+from train.weights.initial import Initial
+
+PARTITIONED = 3
+"""ZeRO stage that divides the parameters themselves."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model with its first weights, on the device and in its number format."""
+
+    model: XComposer2
+    trained: list[Group]
+    frozen: list[Group]
+    cost: StepCost
+
+
+def build_model(config: Config, device: Device, ranks: Ranks | None = None) -> Built:
+    """The model with the stage's starting weights; under ZeRO-3 all `ranks` call it.
+
+    Raises:
+        UserError: weights that do not fit, or rules that leave nothing to train.
+    """
+    with torch.device("meta"):
+        model = XComposer2(config.model, config.data.images.size, config.data.images.tokens)
+    model = model.to(device.dtype)
+    trained, frozen = optim.resolve(model, config.train)
+    cost = StepCost.of(model, config.train.checkpointing)
+    initial = Initial(config, model)
+    if config.deepspeed.stage == PARTITIONED and ranks is not None:
+        partition(config, model, ranks, device, initial.fill)
+    else:
+        model.to_empty(device=device.torch_device)
+        initial.fill(dict(model.named_parameters()))
+    model.apply_cost_settings(config.train.checkpointing, config.train.compile)
+    return Built(model, trained, frozen, cost)
