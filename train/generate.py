@@ -2,6 +2,8 @@
 
 Invariant: the logits are those of running each whole text anew, up to rounding, so greedy words are the same; what a prompt is answered
 depends on no other prompt of its batch. Ranks that must stay in step ask for a fixed number of steps.
+
+Under dynamic RoPE scaling a text's angles are from its beginning those of the length that it may grow to: keys in a cache cannot turn.
 """
 
 from collections.abc import Collection, Sequence
@@ -50,8 +52,10 @@ class KeyValueCache:
     A text's rows lie from 0 on, whatever the lengths of the others; rows behind its end are masked.
     """
 
-    def __init__(self, lengths: Sequence[int], room: int) -> None:
-        self.lengths, self.room = list(lengths), room
+    def __init__(self, lengths: Sequence[int], more: int) -> None:
+        """Texts of these lengths, each to be given up to `more` tokens."""
+        self.lengths, self.room = list(lengths), max(lengths) + more
+        self._grown = tuple(length + more for length in lengths)
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._layer = 0
@@ -62,7 +66,8 @@ class KeyValueCache:
     def prefill(self, model: XComposer2, batch: PackedBatch) -> Tensor:
         """Runs the prompts, which are the segments of `batch`; returns the logits [B, vocab] after each."""
         x_TD = model.embed(batch)
-        segments = replace(Segments.build(batch.segment_lengths, batch.cu_seqlens, x_TD.dtype), cache=self._keep)
+        grown = (*self._grown, batch.segment_lengths[-1])
+        segments = replace(Segments.build(batch.segment_lengths, batch.cu_seqlens, x_TD.dtype), cache=self._keep, grown=grown)
         hidden_TD = model.decoder(x_TD, batch.position_ids, segments, batch.image_index)
         ends_B = batch.cu_seqlens[1 : 1 + len(self.lengths)].long() - 1
         return model.head(hidden_TD, ends_B)
@@ -77,7 +82,8 @@ class KeyValueCache:
         self._layer, self._positions_B = 0, positions_B
         x_BD = model.decoder.tok_embeddings(ids_B)
         self._bias = torch.where(seen, 0.0, float("-inf")).to(x_BD.dtype)[:, None, None, :]
-        segments = Segments("cache", torch.arange(B + 1, dtype=torch.int32, device=device), 1, (1,) * B, cache=self._extend)
+        borders = torch.arange(B + 1, dtype=torch.int32, device=device)
+        segments = Segments("cache", borders, 1, (1,) * B, cache=self._extend, grown=self._grown)
         no_image = torch.zeros(0, dtype=torch.int64, device=device)
         hidden_BD = model.decoder(x_BD, positions_B, segments, no_image)
         return model.head(hidden_BD, torch.arange(B, device=device))
@@ -162,8 +168,7 @@ def _after(picture: Picture, tokenizer: Tokenizer) -> Segment:
 
 
 def _cache(prompts: Sequence[Segment], max_tokens: int) -> KeyValueCache:
-    lengths = [len(p.rendered.ids) for p in prompts]
-    return KeyValueCache(lengths, max(lengths) + max_tokens)
+    return KeyValueCache([len(p.rendered.ids) for p in prompts], max_tokens)
 
 
 def _batch(model: XComposer2, prompts: Sequence[Segment], tokenizer: Tokenizer) -> PackedBatch:

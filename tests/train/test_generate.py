@@ -10,6 +10,7 @@ from data_pipeline.samples import ImageElement, TextElement
 from data_pipeline.text.templates import Bounds, render
 from data_pipeline.text.tokenizer import Tokenizer
 from train import configure
+from train.config import RopeKind, RopeScaling
 from train.generate import KeyValueCache, Sampling, generate, next_logits
 from train.model.xcomposer2 import XComposer2
 
@@ -90,7 +91,7 @@ def test_greedy_words_are_those_of_running_the_whole_text_anew(model, tokenizer,
 
 def test_logits_with_the_cache_are_those_of_the_whole_text(model, tokenizer, prompts):
     lengths = [len(p.rendered.ids) for p in prompts]
-    cache = KeyValueCache(lengths, max(lengths) + STEPS)
+    cache = KeyValueCache(lengths, STEPS)
     logits = cache.prefill(model, assemble(prompts, 32, 4, tokenizer.end))
     words = torch.randint(3, 4096, (STEPS, len(prompts)), generator=torch.Generator().manual_seed(0))
     for step in range(STEPS):
@@ -99,6 +100,19 @@ def test_logits_with_the_cache_are_those_of_the_whole_text(model, tokenizer, pro
             torch.testing.assert_close(logits[i], whole, rtol=1e-4, atol=1e-4)  # logits of up to 30
         logits = cache.step(model, words[step])
     torch.testing.assert_close(next_logits(model, prompts, tokenizer)[2], anew(model, tokenizer, prompts[2], []), rtol=1e-4, atol=1e-4)
+
+
+def test_under_dynamic_scaling_keys_in_the_cache_have_the_angles_of_the_length_that_a_text_grows_to(model, tokenizer, prompts, monkeypatch):
+    monkeypatch.setattr(model.decoder.config, "rope_scaling", RopeScaling(RopeKind.dynamic, 2.0))
+    monkeypatch.setattr(model.decoder.config, "max_positions", 8)
+    cache = KeyValueCache([len(p.rendered.ids) for p in prompts], STEPS + 1)
+    cache.prefill(model, assemble(prompts, 32, 4, tokenizer.end))
+    words = torch.randint(3, 4096, (STEPS, len(prompts)), generator=torch.Generator().manual_seed(0))
+    for step in words:
+        logits = cache.step(model, step)
+    for i, one in enumerate(prompts):
+        whole = anew(model, tokenizer, one, words[:, i].tolist())  # with the word that is asked for, as long as the cache was made for
+        torch.testing.assert_close(logits[i], whole, rtol=1e-4, atol=1e-4)
 
 
 def test_an_answer_ends_at_its_stop_token_or_at_the_limit(model, tokenizer, prompts):

@@ -51,6 +51,8 @@ class Segments:
     """sdpa only: [T], the padded row of every packed position."""
     cache: Callable[[Tensor, Tensor, Tensor, "Segments"], Tensor] | None = None
     """Decoding only: called by every layer in turn with its queries, keys and values instead of attention inside the pack alone."""
+    grown: tuple[int, ...] | None = None
+    """Decoding only: of each segment the length that dynamic RoPE scaling goes by, which a text that is being written may grow to."""
     group: dist.ProcessGroup | None = None
     """The ranks that hold a part of the pack each; heads are exchanged with them (train/model/exchange.py)."""
 

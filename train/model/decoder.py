@@ -43,17 +43,19 @@ class Rotation(NamedTuple):
     sin: Tensor
 
     @staticmethod
-    def of(position_ids_T: Tensor, lengths: tuple[int, ...], config: DecoderConfig, dtype: torch.dtype) -> "Rotation":
-        """Angles in fp32, results in `dtype`. `lengths` are those of the segments: dynamic scaling goes by a document's length, not
-        by what it is packed with.
+    def of(
+        position_ids_T: Tensor, lengths: tuple[int, ...], config: DecoderConfig, dtype: torch.dtype, grown: tuple[int, ...] | None = None
+    ) -> "Rotation":
+        """Angles in fp32, results in `dtype`. `lengths` are those of the segments: dynamic scaling goes by a document's length, or by what
+        it is to be `grown` to, not by what it is packed with.
         """
         head_size, scaling, device = config.hidden // config.heads, config.rope_scaling, position_ids_T.device
         positions_T = position_ids_T.float()
         if scaling.kind is RopeKind.linear:
             positions_T = positions_T / scaling.factor
         exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
-        if scaling.kind is RopeKind.dynamic and max(lengths) > config.max_positions:
-            thetas = [_dynamic_theta(length, head_size, config) for length in lengths]
+        if scaling.kind is RopeKind.dynamic and max(grown or lengths) > config.max_positions:
+            thetas = [_dynamic_theta(length, head_size, config) for length in grown or lengths]
             repeats = torch.tensor(lengths, device=device)
             thetas_T = torch.tensor(thetas, device=device).repeat_interleave(repeats, output_size=sum(lengths))
             angles = positions_T[:, None] * thetas_T[:, None] ** -exponents
@@ -168,7 +170,7 @@ class Decoder(nn.Module):
 
     def forward(self, x_TD: Tensor, position_ids_T: Tensor, segments: Segments, image_index_V: Tensor) -> Tensor:
         """[T, D]; `x_TD` are embeddings with the image tokens in place; of a part, in a sequence group, with the positions of the whole."""
-        rotation = Rotation.of(position_ids_T, segments.lengths, self.config, x_TD.dtype)
+        rotation = Rotation.of(position_ids_T, segments.lengths, self.config, x_TD.dtype, segments.grown)
         for layer in self.layers:
             x_TD = layer(x_TD, rotation, segments, image_index_V)
         return self.norm(x_TD)
