@@ -31,7 +31,7 @@ HELD_OUT = 400
 """Pairs in each half, about; a concept is never cut."""
 HELD_OUT_DOCUMENTS = 80
 CANDIDATES = 10
-TRAINING = ("pairs", "documents", "sft", "compose")
+TRAINING = ("pairs", "captions", "documents", "sft", "compose")
 DOCUMENTS = "heldout/documents"
 HELD_OUT_SOURCES = ("heldout/validation", "heldout/test", "heldout/text", DOCUMENTS)
 PER_SHARD = 1000
@@ -181,6 +181,7 @@ def build(packages: Path, out: Path) -> None:
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     write_shards(partial / "pairs" / "%06d.tar", pair_samples(training), PER_SHARD)
+    write_shards(partial / "captions" / "%06d.tar", ({"__key__": p.key, "txt": p.caption} for p in training), PER_SHARD)
     write_shards(partial / "documents" / "%06d.tar", map(document_sample, documents), PER_SHARD)
     conversations = [*of_pairs(training, _encoded), *of_documents(documents)]
     write_shards(partial / "sft" / "%06d.tar", sorted(conversations, key=lambda s: rank("sft", str(s["__key__"]))), 4 * PER_SHARD)
@@ -198,6 +199,7 @@ def build(packages: Path, out: Path) -> None:
     partial.rename(out)
     for name, count in (
         ("pairs", len(training)),
+        ("captions", len(training)),
         ("documents", len(documents)),
         ("sft", len(conversations)),
         ("compose", len(composition)),

@@ -185,7 +185,9 @@ def test_a_fault_that_passes_is_not_seen(demo, serve, shards, fault):
     last = 1 if fault == "rot" else 3
     server = serve(shards, **{fault: [1, last]})
     assert ShardReader().read(pairs_of(demo, server).locate(7)) == local_bytes(demo, 7)
-    assert [r["fault"] for r in server.requests()] == [fault] * last + [None]
+    faults = [r["fault"] for r in server.requests()]
+    assert faults[:last] == [fault] * last
+    assert set(faults[last:]) == {None}, "on a busy machine a good answer may come late and be asked for again"
 
 
 @pytest.mark.parametrize("fault", ["error", "cut", "hang"])

@@ -235,6 +235,23 @@ def test_another_number_of_ranks_or_zero_stage_sees_the_same_samples_and_loses_n
         assert not list(one.run.checkpoints.glob(".*partial"))
 
 
+def test_partitioned_pictures_train_on_two_ranks_as_on_one(stage):
+    """4KHD's tiles: images of 2 to 5 tiles, with newlines and separators between their tokens, under ZeRO-2 and, by its gathers, ZeRO-3."""
+    tiles = {"size": 32, "tokens": 1, "policy": "partition", "most_tiles": 4, "crop": 0.1}
+    settings = {
+        "data": {"images": tiles},
+        "model": {"projector": {"merge": 2, "marks": True}, "plora": {"rank": 4, "alpha": 4.0, "dropout": 0.0}},
+        "train": {"steps": 6},
+    }
+    stages = {name: stage(name, **settings) for name in ("one", "two", "zero-3")}
+    live_together([Life(stages["one"])], world=1)
+    live_together([Life(stages["two"]), Life(stages["zero-3"], ("deepspeed.stage=3",))])
+    for name in ("two", "zero-3"):
+        assert stages[name].losses() == pytest.approx(stages["one"].losses(), abs=1e-4), name
+    tiles_seen = [line["data/images"] for line in jsonl.read(stages["one"].run.metrics)]
+    assert all(tiles_seen), "every step sees pictures"
+
+
 def test_a_line_cut_by_a_kill_harms_no_other_line(tmp_path):
     file = tmp_path / "lines.jsonl"
     jsonl.append(file, [{"a": 1}])
