@@ -30,6 +30,11 @@ class Cluster:
             [str(self.script), *arguments], env=self.environment, text=True, capture_output=True, check=check, timeout=300
         )
 
+    def anew(self) -> None:
+        """The same cluster, which remembers nothing; no job may be on it."""
+        self.call("down")
+        self.call("up", str(NODES))
+
     def run(self, *command: str) -> str:
         """One of Slurm's commands; returns what it says."""
         return subprocess.run(command, env=self.environment, text=True, capture_output=True, check=True).stdout.strip()
