@@ -64,6 +64,7 @@ small-weights: $(SMALL)/.ready
 
 small-data: small-weights
 	$(BIN)/python examples/small/small_data.py --tokenizer runs/small/weights/smollm2
+	$(BIN)/python examples/small/small_features.py
 
 $(SMALL)/.ready: $(READY) examples/small/requirements.txt
 	$(PYTHON) -m venv $(SMALL)

@@ -83,6 +83,9 @@ class ProjectorConfig:
     """Side of the square of neighbouring patches that are concatenated into one image token (paper: 1; 4KHD: 2)."""
     marks: bool = False
     """Learned newline and separator embeddings between the tokens of an image, which data.images.policy `partition` places (4KHD)."""
+    standardise: bool = False
+    """Image features first lose their mean and are divided by their deviation, channel by channel: those of training pictures, which
+    model.vision.weights holds as `features.mean` and `features.std` (examples/small/small_features.py measures them; paper: no)."""
 
 
 class RopeKind(Enum):

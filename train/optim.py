@@ -16,6 +16,8 @@ from data_pipeline.errors import UserError
 from train.config import GroupRule, Schedule, TrainConfig
 
 _BLOCK = re.compile(r"\bblocks\.(\d+)\.")
+_MEASURED = re.compile(r"^projector\.feature_(mean|std)$")
+"""What is measured once and never trains, whatever the rules say."""
 _NO_DECAY = re.compile(r"(pos_embed|cls_token|reg_token)$")
 
 
@@ -46,8 +48,9 @@ def resolve(model: nn.Module, config: TrainConfig) -> tuple[list[Group], list[Gr
         rule = next((r for r in config.groups if re.search(r.match, name)), None)
         if rule is None:
             raise UserError(f"train.groups: no rule matches {name} (end the list with - {{match: .*, trainable: false}})")
-        parameter.requires_grad_(rule.trainable)
-        key = (rule.match, _lr_scale(rule, name, depth), _decay(rule, config, name, parameter), rule.trainable)
+        trainable = rule.trainable and not _MEASURED.search(name)
+        parameter.requires_grad_(trainable)
+        key = (rule.match, _lr_scale(rule, name, depth), _decay(rule, config, name, parameter), trainable)
         found.setdefault(key, []).append((name, parameter))
     groups = [
         (trainable, Group(pattern, scale, decay, [name for name, _ in members], sum(p.numel() for _, p in members)))

@@ -90,6 +90,15 @@ def test_projector_merges_a_square_of_neighbours_into_one_token() -> None:
         torch.testing.assert_close(out[9 * image + 3 * row + column], expected)
 
 
+def test_standardised_features_have_lost_mean_and_deviation_of_each_channel() -> None:
+    plain, standard = (Projector(2, vision_width=6, width=10, merge=2, standardise=on) for on in (False, True))
+    mean, std = torch.randn(6), torch.rand(6) + 0.5
+    standard.load_state_dict({**plain.state_dict(), "feature_mean": mean, "feature_std": std})
+    features = torch.randn(3, 4, 6) * std + mean
+    torch.testing.assert_close(standard(features), plain((features - mean) / std))
+    assert not torch.allclose(standard(features), plain(features))
+
+
 def test_a_merge_that_does_not_fit_the_grid_is_refused() -> None:
     with pytest.raises(UserError, match=r"model.projector.merge is 2.*5 x 5"):
         Projector(grid=5, vision_width=4, width=4, merge=2)

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from batches import tiny_model
+from batches import IMAGE_SIZE, IMAGE_TOKENS, tiny_config, tiny_model
 
 from data_pipeline.errors import UserError
 from train.config import GroupRule, Schedule, TrainConfig
+from train.model.xcomposer2 import XComposer2
 from train.optim import adamw, learning_rate, resolve, set_lr, table
 
 
@@ -42,6 +43,16 @@ def test_norms_biases_and_position_tables_never_decay():
         for name in group.names:
             plain = model.get_parameter(name).dim() > 1 and not name.endswith(("pos_embed", "cls_token"))
             assert group.weight_decay == (0.3 if plain else 0.0), name
+
+
+def test_what_features_are_standardised_by_never_trains_whatever_the_rules_say():
+    settings = tiny_config()
+    settings.projector.standardise = True
+    model = XComposer2(settings, IMAGE_SIZE, IMAGE_TOKENS)
+    trained, frozen = resolve(model, config(GroupRule(".*")))
+    assert [name for group in frozen for name in group.names] == ["projector.feature_mean", "projector.feature_std"]
+    assert not any(p.requires_grad for n, p in model.named_parameters() if n.startswith("projector.feature_"))
+    assert sum(len(group.names) for group in trained) == len(list(model.parameters())) - 2
 
 
 def test_a_parameter_without_rule_and_a_model_without_anything_to_train_are_refused():

@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -304,6 +305,23 @@ def test_the_digest_of_a_folder_follows_its_bytes(damaged):
     change(folder, model__norm__weight=torch.full((48,), 0.5))
     assert initial.digest(config) != before
     assert initial.digest(stage_config()) is None
+
+
+def test_what_features_are_standardised_by_comes_with_the_tower_or_is_missing_in_the_table(folders, tmp_path):
+    config = stage_config()
+    config.model.projector.standardise, config.model.vision.weights = True, str(folders / "clip")
+    with pytest.raises(UserError, match=r"missing +features\.mean"):
+        initial.check(config)
+    measured = tmp_path / "measured"
+    shutil.copytree(folders / "clip", measured)
+    config.model.vision.weights = str(measured)
+    mean, std = torch.randn(32), torch.rand(32) + 0.5
+    change(measured, **{"features.mean": mean, "features.std": std})
+    model = filled(config)
+    assert torch.equal(model.projector.feature_mean, mean)
+    assert torch.equal(model.projector.feature_std, std)
+    config.model.projector.standardise = False
+    assert "projector.feature_mean" not in filled(config).shapes(), "a folder may hold what a model does not use"
 
 
 def test_under_zero_3_each_rank_holds_its_part_and_one_module_more_and_one_rank_reads(folders, environment, tmp_path):

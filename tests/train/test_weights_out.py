@@ -29,7 +29,7 @@ def released(tmp_path_factory) -> Path:
     """A tiny InternLM-XComposer2 in bf16 under its official names, in two shards, with what old transformers saved beside."""
     folder = tmp_path_factory.mktemp("released")
     config = stage_config()
-    config.model.projector.marks = True  # 4KHD's two embeddings too
+    config.model.projector.marks = config.model.projector.standardise = True  # 4KHD's two embeddings, and ours
     with torch.device("meta"):
         model = XComposer2(config.model, config.data.images.size)
     generator = torch.Generator().manual_seed(3)
@@ -63,7 +63,7 @@ def finished(config: Config, path: Path) -> RunDir:
 @pytest.fixture
 def config(released, tmp_path) -> Config:
     config = stage_config()
-    config.model.projector.marks = True  # 4KHD's two embeddings too
+    config.model.projector.marks = config.model.projector.standardise = True
     config.run.stage, config.run.init_from, config.train.groups, config.train.lr, config.train.steps = (
         Stage.pretrain,
         str(released),

@@ -1,7 +1,8 @@
 """The projector: image features to the decoder's width, merging neighbouring patches into one image token.
 
 Invariant: image tokens are in row-major order of the merged grid, and inside a token the patches are too. Newline and separator, where
-there are any, go through the same layers, in every pass and whether or not a batch places them.
+there are any, go through the same layers, in every pass and whether or not a batch places them. What features are standardised by never
+trains: it is measured once, and belongs to the weights.
 """
 
 import math
@@ -17,9 +18,10 @@ class Projector(nn.Module):
     """Merge `merge` x `merge` patches on the channels, Linear, GELU (exact), Linear.
 
     With `marks`, two learned embeddings of the merged width stand between the image tokens (4KHD): a newline and a separator.
+    With `standardise`, features are first brought to mean 0 and deviation 1, channel by channel.
     """
 
-    def __init__(self, grid: int, vision_width: int, width: int, merge: int, marks: bool = False) -> None:
+    def __init__(self, grid: int, vision_width: int, width: int, merge: int, marks: bool = False, standardise: bool = False) -> None:
         super().__init__()
         if grid % merge:
             raise UserError(f"model.projector.merge is {merge}, which does not divide the ViT's grid of {grid} x {grid} patches")
@@ -27,6 +29,10 @@ class Projector(nn.Module):
         self.merged_grid = grid // merge
         self.linear_in = nn.Linear(merge * merge * vision_width, width)
         self.linear_out = nn.Linear(width, width)
+        self.standardise = standardise
+        if standardise:
+            self.feature_mean = nn.Parameter(torch.full((vision_width,), math.nan), requires_grad=False)
+            self.feature_std = nn.Parameter(torch.full((vision_width,), math.nan), requires_grad=False)
         self.marks = marks
         if marks:
             self.newline = nn.Parameter(torch.full((1, merge * merge * vision_width), math.nan))
@@ -44,6 +50,8 @@ class Projector(nn.Module):
         """
         M, _, D = features_MPD.shape
         g, m = self.merged_grid, self.merge
+        if self.standardise:
+            features_MPD = (features_MPD - self.feature_mean) / self.feature_std
         cells = features_MPD.reshape(M, g, m, g, m, D).transpose(2, 3)
         # Two dimensions: a linear on a strided 3-D slice becomes a slow batched product.
         merged = cells.reshape(M * g * g, m * m * D)

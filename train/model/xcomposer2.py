@@ -45,7 +45,9 @@ class XComposer2(nn.Module):
         self.init_std = config.decoder.init_std
         self.vision = VisionTower(config.vision, image_size)
         projector = config.projector
-        self.projector = Projector(self.vision.grid, self.vision.width, config.decoder.hidden, projector.merge, projector.marks)
+        self.projector = Projector(
+            self.vision.grid, self.vision.width, config.decoder.hidden, projector.merge, projector.marks, projector.standardise
+        )
         self.decoder = Decoder(config.decoder, config.plora)
         self.head = Head(config.decoder)
         self._group: dist.ProcessGroup | None = None
@@ -104,7 +106,7 @@ class XComposer2(nn.Module):
 
         A is N(0, init_std) too, as it is in effect in the official code. With B zero the decoder starts as its base model.
         """
-        if name.endswith("plora_b") or name.endswith("bias"):
+        if name.endswith(("plora_b", "bias", "feature_mean")):
             parameter.zero_()
         elif parameter.dim() > 1:
             # Drawn on the CPU in fp32: the same weights on every device and in every precision.

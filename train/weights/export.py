@@ -155,6 +155,8 @@ def _differences(config: Config) -> list[str]:
         found.append(
             f"PLoRA's scale is {scale:g}: engines apply {official.SCALE:g}, and see images wrongly (multiply Plora_B by {scale:g})"
         )
+    if config.model.projector.standardise:
+        found.append("image features are standardised by vision_proj.features: engines do not, and see images wrongly")
     return found
 
 

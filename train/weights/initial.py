@@ -24,13 +24,15 @@ from train.configure import named_weights
 from train.model.xcomposer2 import XComposer2
 from train.weights import clip, dinov2, final, hub, internlm2, llama, official
 from train.weights.hub import HubFolder
-from train.weights.mapping import Entry, Row, fits, load
+from train.weights.mapping import Entry, Row, Shapes, fits, load
 
 SAMPLED = 64
 """Places of a file that its fingerprint reads."""
 SAMPLE_BYTES = 1 << 14
 TOWERS = {clip: "embeddings.class_embedding", dinov2: dinov2.CLASS}
 """Formats of a vision tower, and the tensor that gives each away."""
+MEASURED = r"^features\.(mean|std)$"
+"""What a tower's folder may hold whether or not features are standardised."""
 HARMLESS_SCALING = ("default", "dynamic")
 """RoPE scaling that changes nothing within the positions that the model was trained on."""
 
@@ -149,14 +151,20 @@ def _vision(key: str, path: str, config: Config, model: XComposer2) -> Source:
             f"{key}: {path} holds no vision tower of CLIP or DINOv2: neither {' nor '.join(TOWERS.values())} in it (give another folder)"
         )
     tower, prefix = found
-    entries = tower.entries(model.shapes(), name, prefix)
+    entries = [*tower.entries(model.shapes(), name, prefix), *_measured(model.shapes())]
     above = rf"{prefix}encoder\.layers?\.({'|'.join(map(str, range(len(model.vision.vit.blocks), 1 << 8)))})\."
     ours = {
         "hidden_act": "quick_gelu" if "quickgelu" in name else "gelu",
         "num_attention_heads": model.vision.vit.blocks[0].attn.num_heads,
     }
     theirs = folder.config.get("vision_config") or folder.config
-    return Source(key, folder, entries, f"({tower.IGNORED})|(^{above})", _differing(theirs, ours))
+    return Source(key, folder, entries, f"({tower.IGNORED})|(^{above})|{MEASURED}", _differing(theirs, ours))
+
+
+def _measured(shapes: Shapes) -> list[Entry]:
+    """What features are standardised by, where they are."""
+    named = {f"projector.feature_{what}": f"features.{what}" for what in ("mean", "std")}
+    return [Entry(ours, {theirs: shapes[ours]}) for ours, theirs in named.items() if ours in shapes]
 
 
 def _decoder_values(config: Config) -> dict[str, Any]:

@@ -11,6 +11,8 @@ IGNORED = rf"({internlm2.IGNORED})|({clip.IGNORED})"
 PROJECTOR = {"linear_in": "0", "linear_out": "2"}
 MARKS = {"projector.newline": ("plora_sub_GN", 4), "projector.separator": ("plora_glb_GN", 3)}
 """4KHD's learned embeddings: name and number of dimensions, all but the last of size one."""
+MEASURED = {"projector.feature_mean": "vision_proj.features.mean", "projector.feature_std": "vision_proj.features.std"}
+"""Ours alone: the official code does not standardise features."""
 PLORA = {"plora_a": "Plora_A.weight", "plora_b": "Plora_B.weight"}
 RANK, SCALE = 256, 1.0
 """What engines take for granted (lmdeploy; the official modelling code, for all linears of the VL-7B)."""
@@ -35,6 +37,8 @@ def _entry(ours: str, shape: Shape) -> Entry:
 
 
 def _name(ours: str) -> str:
+    if ours in MEASURED:
+        return MEASURED[ours]
     module, _, kind = ours.rpartition(".")
     if module.startswith("projector."):
         return f"vision_proj.{PROJECTOR[module.removeprefix('projector.')]}.{kind}"
