@@ -195,6 +195,7 @@ class Recompute(Enum):
     none = "none"  # all are kept
     full = "full"  # of a block only its input is kept
     every = "every"  # the same in one block of `every`
+    ops = "ops"  # as `full`, but what fused attention kernels gave is kept too: they do not run twice
 
 
 @dataclass
@@ -202,7 +203,7 @@ class Checkpointing:
     """Activation checkpointing of the blocks of ViT and decoder: memory for time. Losses and gradients stay the same."""
 
     kind: Recompute = Recompute.none
-    """none, full or every."""
+    """none, full, every or ops."""
     every: int = 2
     """With kind `every`: the first of each so many blocks is checkpointed; 1 is `full`."""
 

@@ -212,10 +212,13 @@ class _Walk:
         return found
 
     def _product(self, part: str, unit: str, size: int, weight: bool, inputs: bool, mode: str) -> Product:
-        return Product(part, unit, 2 * size, 2 * size * (weight + inputs), 2 * size if mode == "full" else 0)
+        return Product(part, unit, 2 * size, 2 * size * (weight + inputs), 2 * size if mode != "none" else 0)
 
     def _attention(self, unit: str, size: int, mode: str) -> Product:
-        """Queries with keys, weights with values: two products of pairs x width. A fused kernel's own recomputation is not counted."""
+        """Queries with keys, weights with values: two products of pairs x width. A fused kernel's own recomputation is not counted.
+
+        Mode `ops` keeps what it gave; the plain products of short segments on a CPU are run again all the same.
+        """
         return Product("attention", unit, 4 * size, 8 * size if self._flows else 0, 4 * size if mode == "full" else 0)
 
 

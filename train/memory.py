@@ -133,8 +133,8 @@ def _decoder_layer(layer: Layer, shape: Shape, mode: str) -> int:
     """Numbers that a layer keeps."""
     T, attention, ffn = shape.tokens, layer.attention, layer.feed_forward
     D, F, width = layer.ffn_norm.weight.shape[0], ffn.w1.weight.shape[0], attention.wo.weight.shape[1]
-    if mode == "full":
-        return T * D
+    if mode != "none":
+        return T * D + (T * width if mode == "ops" else 0)
     linears = (attention.wqkv, attention.wo, ffn.w1, ffn.w3, ffn.w2)
     low_rank = 0
     for linear in linears if attention.wo.mode is not LowRankMode.none else ():
@@ -153,8 +153,8 @@ def _vision_block(model: XComposer2, block: nn.Module, shape: Shape, mode: str) 
     """Numbers that a ViT block keeps; QuickGELU keeps its sigmoid besides."""
     tokens = shape.images * (model.vision.grid**2 + model.vision.vit.num_prefix_tokens)
     width, inner = model.vision.width, block.mlp.fc1.weight.shape[0]
-    if mode == "full":
-        return tokens * width
+    if mode != "none":
+        return tokens * width * (2 if mode == "ops" else 1)
     quick = not isinstance(block.mlp.act, nn.GELU)
     return tokens * (9 * width + inner * (2 + quick))
 

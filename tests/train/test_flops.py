@@ -24,6 +24,7 @@ MODES = {
     "none": Checkpointing(),
     "full": Checkpointing(Recompute.full),
     "every": Checkpointing(Recompute.every, 2),
+    "ops": Checkpointing(Recompute.ops),
 }
 LINEAR = ("mm", "addmm")
 """What linears become; plain attention is `bmm` and `baddbmm`."""

@@ -96,7 +96,7 @@ def test_the_heaviest_batch_keeps_the_contract_of_batches_and_the_budgets() -> N
 
 
 @pytest.mark.parametrize("trained", ["everything", "all but the decoder"])
-@pytest.mark.parametrize("kind", [Recompute.none, Recompute.full, Recompute.every])
+@pytest.mark.parametrize("kind", [Recompute.none, Recompute.full, Recompute.every, Recompute.ops])
 def test_activations_are_the_bytes_that_autograd_keeps(kind: Recompute, trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "LONGEST_PLAIN", 0)  # a fused kernel, as on a GPU
     monkeypatch.setattr("train.model.vision.LONGEST_PLAIN", 0)

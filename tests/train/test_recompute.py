@@ -5,13 +5,17 @@ from collections.abc import Callable
 import pytest
 import torch
 from batches import IMAGE_SIZE, batch_of, mixed_segments, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from train.config import Checkpointing, Recompute
+from train.model import attention
+from train.model.recompute import KERNELS
 from train.model.xcomposer2 import XComposer2
 
 MODES = {
     "full": Checkpointing(Recompute.full),
     "every": Checkpointing(Recompute.every, 2),
+    "ops": Checkpointing(Recompute.ops),
 }
 
 
@@ -72,6 +76,35 @@ def kept_bytes(model: XComposer2) -> int:
 def test_checkpointing_keeps_less_the_more_it_recomputes() -> None:
     kept = {mode: kept_bytes(model_of(c)) for mode, c in {"none": Checkpointing(), **MODES}.items()}
     assert kept["full"] < kept["every"] < kept["none"]
+
+
+def test_ops_runs_a_fused_attention_kernel_once_and_products_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same losses and gradients, bitwise, whichever of the modes."""
+    monkeypatch.setattr(attention, "LONGEST_PLAIN", 0)  # a fused kernel, as on a GPU
+    monkeypatch.setattr("train.model.vision.LONGEST_PLAIN", 0)
+    runs, found = {}, {}
+    for mode, checkpointing in {"none": Checkpointing(), **MODES}.items():
+        with Counted() as counted:
+            found[mode] = losses_and_gradients(model_of(checkpointing))
+        runs[mode] = counted.kernels, counted.products
+    kernels, products = runs["none"]
+    assert kernels > 3, "blocks of ViT and decoder"
+    assert runs["full"][0] == 2 * kernels
+    assert runs["ops"][0] == kernels
+    assert runs["ops"][1] == runs["full"][1] > products
+    assert all(torch.equal(a, b) for mode in MODES for a, b in zip(found["none"], found[mode], strict=True))
+
+
+class Counted(TorchDispatchMode):
+    """Counts the forward runs of fused attention kernels, and products."""
+
+    kernels = products = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = str(operator)
+        self.kernels += any(kernel in name for kernel in KERNELS) and "backward" not in name
+        self.products += ".mm." in name
+        return operator(*args, **(kwargs or {}))
 
 
 def test_names_in_the_state_dict_stay(mode: str = "full") -> None:
