@@ -27,9 +27,10 @@ from torch import Tensor
 
 from data_pipeline.batch import PackedBatch, Segment, assemble
 from data_pipeline.text.templates import Rendered
-from train.config import Checkpointing, DecoderConfig, LowRankMode, ModelConfig, PLoRAConfig, ProjectorConfig, Recompute, VisionConfig
+from train.config import Checkpointing, Recompute
 from train.flops import Shape, StepCost
 from train.model.xcomposer2 import XComposer2
+from train.model_config import DecoderConfig, LowRankMode, ModelConfig, PLoRAConfig, ProjectorConfig, VisionConfig
 
 Rounds = dict[str, list[float]]
 """What each figure was in each round."""

@@ -11,10 +11,11 @@ from torch import nn
 
 from data_pipeline.batch import PackedBatch
 from data_pipeline.plan.balance import CostModel
-from train.config import Checkpointing, Config, LowRankMode
+from train.config import Checkpointing, Config
 from train.model.plora import PLoRALinear
 from train.model.recompute import is_recomputed
 from train.model.xcomposer2 import XComposer2
+from train.model_config import LowRankMode
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12, "L40S": 362e12}
 """Dense bf16 FLOP/s of GPUs by a word of their names, from NVIDIA's data sheets (SXM where there are several)."""

@@ -13,11 +13,12 @@ from torch import nn
 from data_pipeline.batch import PackedBatch
 from data_pipeline.errors import UserError
 from data_pipeline.part import part_of
-from train.config import Checkpointing, Config, LowRankMode
+from train.config import Checkpointing, Config
 from train.flops import Shape
 from train.model.decoder import CHUNK_LOGITS, Layer
 from train.model.recompute import is_recomputed
 from train.model.xcomposer2 import XComposer2
+from train.model_config import LowRankMode
 
 REDUCE_BUCKET = 500_000_000
 """Gradients that are reduced at once, DeepSpeed's default. ZeRO-1 and 2 allocate the bucket anew each step, whole: where the model is

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import IGNORE, PADDING_SOURCE, PackedBatch
-from train.config import DecoderConfig, ModelConfig, PLoRAConfig, ProjectorConfig, VisionConfig
 from train.model.xcomposer2 import XComposer2
+from train.model_config import DecoderConfig, ModelConfig, PLoRAConfig, ProjectorConfig, VisionConfig
 
 VOCAB = 97
 IMAGE_SIZE = 32

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
 
 from data_pipeline.config import DataConfig, ImageConfig
-from train.config import Config, DecoderConfig, ModelConfig, PLoRAConfig, ProjectorConfig, RunConfig, VisionConfig
+from train.config import Config, RunConfig
+from train.model_config import DecoderConfig, ModelConfig, PLoRAConfig, ProjectorConfig, VisionConfig
 
 VOCAB = 97
 SIZE = 56

@@ -20,8 +20,9 @@ from train_worker import build, optimizer_of
 
 from data_pipeline.batch import PackedBatch
 from data_pipeline.errors import UserError
-from train.config import Config, PLoRAConfig
+from train.config import Config
 from train.engine import Engine
+from train.model_config import PLoRAConfig
 from train.ranks import Ranks, join
 from train.rehearsal import heaviest_batch, rehearse
 

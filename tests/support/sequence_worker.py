@@ -13,9 +13,10 @@ from batches import IMAGE_SIZE, IMAGE_TOKENS, tiny_config
 
 from data_pipeline.batch import PackedBatch
 from data_pipeline.part import part_of
-from train.config import Checkpointing, LowRankMode
+from train.config import Checkpointing
 from train.model import attention, vision
 from train.model.xcomposer2 import XComposer2
+from train.model_config import LowRankMode
 from train.objective import losses_by_source, scaled_loss
 from train.ranks import SequenceGroup, from_environment
 

@@ -10,9 +10,9 @@ from data_pipeline.samples import ImageElement, TextElement
 from data_pipeline.text.templates import Bounds, render
 from data_pipeline.text.tokenizer import Tokenizer
 from train import configure
-from train.config import RopeKind, RopeScaling
 from train.generate import KeyValueCache, Sampling, generate, next_logits
 from train.model.xcomposer2 import XComposer2
+from train.model_config import RopeKind, RopeScaling
 
 STEPS = 12
 

@@ -11,9 +11,10 @@ import torch
 from batches import IMAGE_SIZE, IMAGE_TOKENS, batch_of, mixed_segments, text, tiny_config, tiny_model
 
 from train import memory
-from train.config import Checkpointing, Config, DecoderConfig, GroupRule, Recompute, TrainConfig
+from train.config import Checkpointing, Config, GroupRule, Recompute, TrainConfig
 from train.flops import Shape, StepCost, peak_flops
 from train.model.xcomposer2 import XComposer2
+from train.model_config import DecoderConfig
 from train.optim import adamw, resolve, set_lr
 from train.rehearsal import heaviest_batch
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from data_pipeline.batch import IGNORE
 from data_pipeline.errors import UserError
-from train.config import RopeKind, RopeScaling
 from train.model.attention import Segments
 from train.model.decoder import Decoder, Head, RMSNorm, Rotation
+from train.model_config import RopeKind, RopeScaling
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from batches import IMAGE_SIZE, batch_of, mixed_segments, tiny_config
 
 from data_pipeline.errors import UserError
-from train.config import Checkpointing, LowRank, LowRankMode, Recompute
+from train.config import Checkpointing, Recompute
 from train.model.plora import PLoRALinear
 from train.model.xcomposer2 import XComposer2
+from train.model_config import LowRank, LowRankMode
 
 T, IN, OUT, RANK = 21, 16, 24, 4
 IMAGE_INDEX = torch.tensor([2, 3, 4, 9, 10])

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from data_pipeline.errors import UserError
-from train.config import VisionConfig
 from train.model.projector import Projector
 from train.model.vision import VisionTower
+from train.model_config import VisionConfig
 
 TINY = {"embed_dim": 32, "depth": 4, "num_heads": 2}
 CLIP = "vit_base_patch16_clip_quickgelu_224"

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from data_pipeline.batch import PackedBatch
 from data_pipeline.errors import UserError
-from train.config import ModelConfig
 from train.model.plora import PLoRALinear
 from train.model.xcomposer2 import XComposer2
+from train.model_config import ModelConfig
 
 
 def logits_of(model: XComposer2, batch: PackedBatch) -> list[Tensor]:

@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from data_pipeline.batch import IGNORE
 from data_pipeline.errors import UserError
-from train.config import DecoderConfig, LowRankMode, PLoRAConfig, RopeKind
 from train.model.attention import Segments, varlen_attention
 from train.model.exchange import to_heads, to_tokens
 from train.model.plora import PLoRALinear, take_rows
+from train.model_config import DecoderConfig, LowRankMode, PLoRAConfig, RopeKind
 
 CHUNK_LOGITS = 1 << 26
 """Logits that the head holds at once: 256 MiB in fp32."""

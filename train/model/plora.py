@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.config import LowRankMode, PLoRAConfig
+from train.model_config import LowRankMode, PLoRAConfig
 
 
 class _TakeRows(torch.autograd.Function):

@@ -12,8 +12,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
-from train.config import VisionConfig
 from train.model.attention import LONGEST_PLAIN
+from train.model_config import VisionConfig
 
 
 class PatchConv2d(nn.Conv2d):

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import PackedBatch
 from data_pipeline.errors import UserError
-from train.config import Checkpointing, ModelConfig
+from train.config import Checkpointing
 from train.model.attention import Segments
 from train.model.decoder import Decoder, Head
 from train.model.projector import Projector
 from train.model.recompute import checkpoint_blocks
 from train.model.vision import VisionTower
+from train.model_config import ModelConfig
 
 
 class Losses(NamedTuple):

@@ -11,7 +11,8 @@ from omegaconf import MISSING, OmegaConf
 from data_pipeline import configure
 from data_pipeline.config import DataConfig, ImageConfig
 from data_pipeline.errors import UserError
-from train.config import Config, ModelConfig, Precision, RunConfig, Stage, TrainConfig
+from train.config import Config, Precision, RunConfig, Stage, TrainConfig
+from train.model_config import ModelConfig
 
 FILE = "stage.yaml"
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from train.config import DecoderConfig
+from train.model_config import DecoderConfig
 from train.weights.internlm2 import is_base
 from train.weights.mapping import Entry, Shapes
 
