@@ -37,7 +37,7 @@ def main() -> int:
     count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for first in range(0, len(rows), AT_ONCE):
         elements = [e for row in rows[first : first + AT_ONCE] for e in reader.elements(number, row) if isinstance(e, ImageElement)]
-        pictures = [torch.from_numpy(load_square(element.data, config.data.images, None)) for element in elements]
+        pictures = [torch.tensor(load_square(element.data, config.data.images, None)) for element in elements]
         with torch.no_grad():
             features_ND = opened.model.vision(torch.stack(pictures)).flatten(0, 1).double()
         count, total, squares = count + len(features_ND), total + features_ND.sum(0), squares + features_ND.square().sum(0)
