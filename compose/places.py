@@ -88,7 +88,7 @@ def read(folder: Path) -> list[Page]:
     Raises:
         UserError: no such source, or too few captions in it to choose among.
     """
-    source = ShardSource(folder.name, folder)
+    source = ShardSource(folder.name, folder, key="--data")
     if source.kind is not Kind.document:
         raise UserError(f"{folder.absolute()} is a source of kind {source.kind.value} (give one of documents)")
     reader = ShardReader()

@@ -16,7 +16,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.shards.source import ShardSource
 from train import configure
 from train.config import Config, Stage
-from train.evaluate import Scorer, Scores, share_stderr
+from train.evaluate import Scorer, Scores, evaluate_key, share_stderr
 from train.run_dir import RunDir, write_atomic, write_json
 from train.weights import exported
 from train.weights.opened import Opened, first_weights, open_model
@@ -130,7 +130,7 @@ def _captions(checkpoint: Path, data: Path | None, base: Path | None) -> Measure
     for name, folder in splits.items():
         if not (folder / PAIRS).exists():
             raise UserError(f"no {PAIRS} in {folder.absolute()} (give --data FOLDER, with shards, index and {PAIRS})")
-        ShardSource(name, folder)
+        ShardSource(name, folder, key="--data" if data else evaluate_key(name))
 
     def measure(opened: Opened) -> list[Table]:
         scorer = Scorer(opened.model, opened.tokenizer, opened.config)
@@ -162,7 +162,7 @@ def _text(checkpoint: Path, data: Path | None, base: Path | None) -> Measure:
     if not named:
         raise UserError(f"{checkpoint} names no held-out text (give --data FOLDER, an indexed source of plain text)")
     folder = Path(named)
-    ShardSource("text", folder)
+    ShardSource("text", folder, key="--data" if data else evaluate_key("text"))
     if base is None and exported.is_export(checkpoint):
         raise UserError(f"{checkpoint} is an export, which does not know what its stage began from (give --base)")
 

@@ -169,7 +169,7 @@ def _check_stage(config: Config, earlier: list[str]) -> None:
     if config.evaluate.text:
         held_out["evaluate.text"] = config.evaluate.text
     for name, folder in held_out.items():
-        ShardSource(name, folder).require_tokenizer(data.tokenizer.digest)
+        ShardSource(name, folder, key=name).require_tokenizer(data.tokenizer.digest)
     if configure.named_weights(config) and config.run.init_from not in earlier:
         from train.weights import initial  # and with it torch and the model, which nothing else here waits for
 

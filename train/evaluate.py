@@ -265,9 +265,14 @@ class Scorer:
         return items, pixels
 
     def _open(self, name: str, folder: Path) -> ShardSource:
-        source = ShardSource(name, folder)
+        source = ShardSource(name, folder, key=evaluate_key(name))
         source.require_tokenizer(self.tokenizer.digest)
         return source
+
+
+def evaluate_key(name: str) -> str:
+    """The key of a config that names a held-out source."""
+    return "evaluate.text" if name == "text" else f"evaluate.splits.{name}"
 
 
 def _by_hash(item: dict[str, Any]) -> bytes:

@@ -49,10 +49,11 @@ class ShardSource:
         selection: str | Path | None = None,
         *,
         patience: Patience | None = None,
+        key: str | None = None,
     ) -> None:
         """Opens the source in `path`, its index beside the shards or in `index_dir`; all its usable samples, or those of a selection.
 
-        `patience` is for remote shards.
+        `patience` is for remote shards; `key` of a config or an option named the folder, for messages: by default data.sources.NAME.path.
 
         Raises:
             UserError: no such folder, or not indexed and merged; no such selection, or one of another index.
@@ -61,7 +62,7 @@ class ShardSource:
         self.path = to_path(path, patience)
         self.index_dir = index_folder(self.path, index_dir)
         if not self.path.is_dir():
-            raise UserError(f"data.sources.{name}.path: no such shard folder: {self.path.resolve()} (mend the path)")
+            raise UserError(f"{key or f'data.sources.{name}.path'}: no such shard folder: {self.path.resolve()} (mend the path)")
         self.facts = self._read_facts()
         self.kind = Kind(self.facts.kind)
         self.digest = self.facts.digest

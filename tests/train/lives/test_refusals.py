@@ -59,6 +59,7 @@ def refused(capfd):
         ("data.tokenizer=/nowhere", "/nowhere"),
         ("run.init_from=/nowhere", "/nowhere"),
         ("evaluate.splits.x=/nowhere", "/nowhere"),
+        ("evaluate.text=/nowhere", "evaluate.text: no such shard folder: /nowhere"),
     ],
 )
 def test_a_wrong_setting_names_its_key_and_starts_nothing(stage, refused, override, says):
