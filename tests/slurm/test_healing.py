@@ -126,6 +126,14 @@ class Side:
         stage.train_without_slurm()
         return stage.losses()
 
+    def two_by_two(self, environment: dict[str, str]) -> tuple[SlurmStage, SlurmStage]:
+        """Two ranks on each of two nodes, and as many without Slurm."""
+        stage = self._make(self._folder, "two-by-two", {**environment, **self._cluster.environment}, slurm={"ranks_per_node": 2})
+        stage.notes["state"] = stage.wait_for_end(self._cluster, stage.submit(), 600)
+        plain = self._make(self._folder, "four", environment)
+        plain.train_without_slurm(procs=4)
+        return stage, plain
+
     def index(self, shards: Path, tokenizer: Path) -> tuple[Path, SlurmStage]:
         """The shards, in an array of eight tasks whose node dies."""
         bare = self._folder / "pair's shards"
@@ -151,7 +159,7 @@ class Side:
 def disturbed(cluster, make_slurm_stage, stand_in, environment, demo, tmp_path_factory):
     """The faults, each upon a job of its own, and a training: what is still going on while the first tests look at what has ended."""
     side = Side(cluster, make_slurm_stage, tmp_path_factory.mktemp("disturbed"), stand_in)
-    with ThreadPoolExecutor(len(STAND_INS) + 4) as pool:
+    with ThreadPoolExecutor(len(STAND_INS) + 5) as pool:
         done = {}
         for name in STAND_INS:
             scenario = SCENARIOS[name]
@@ -161,6 +169,7 @@ def disturbed(cluster, make_slurm_stage, stand_in, environment, demo, tmp_path_f
         done["same step"] = pool.submit(side.fail)
         done["training"] = pool.submit(side.train, environment)
         done["plain"] = pool.submit(side.plainly, environment)
+        done["two by two"] = pool.submit(side.two_by_two, environment)
         done["array"] = pool.submit(side.index, demo.source("pairs"), demo.tokenizer)
         yield done
     cluster.call("policy")
@@ -246,12 +255,10 @@ def test_a_training_heals_itself_at_any_moment(slurm_stage, cluster, environment
         print(f"{name}: {way_back(stage)}")
 
 
-@pytest.mark.soak
-def test_two_ranks_on_each_of_two_nodes_have_the_losses_of_four_on_one(slurm_stage, cluster, environment):
-    stage = slurm_stage("run", {**environment, **cluster.environment}, slurm={"ranks_per_node": 2})
-    assert stage.wait_for_end(cluster, stage.submit(), 600) == "COMPLETED", stage.log()
-    plain = slurm_stage("plain", environment)
-    plain.train_without_slurm(procs=4)
+def test_two_ranks_on_each_of_two_nodes_have_the_losses_of_four_without_slurm(disturbed):
+    stage, plain = disturbed["two by two"].result()
+    assert stage.notes["state"] == "COMPLETED", stage.log()
+    assert len(plain.losses()) == 24
     assert stage.losses() == pytest.approx(plain.losses(), rel=1e-4)  # the sums over ranks have another order
 
 
