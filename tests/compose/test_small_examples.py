@@ -84,16 +84,17 @@ def test_a_build_that_trains_on_what_it_holds_out_ends(tmp_path, trained):
     from packages import Pair
     from small_data import HELD_OUT_SOURCES, TRAINING, check, pair_samples, write_shards
 
-    drawings = {seed: drawing(seed) for seed in (*range(8), 50)}
+    folders = (*TRAINING, *HELD_OUT_SOURCES)
+    validation, other = folders.index("heldout/validation"), len(folders)
 
     def side(folder: str, caption: str, seed: int) -> None:
-        write_shards(tmp_path / folder / "%06d.tar", pair_samples([Pair("a-1", caption, drawings[seed])]))
+        write_shards(tmp_path / folder / "%06d.tar", pair_samples([Pair("a-1", caption, drawing(seed))]))
 
-    for number, folder in enumerate((*TRAINING, *HELD_OUT_SOURCES)):
+    for number, folder in enumerate(folders):
         side(folder, f"thing {number}", number)
     check(tmp_path, {"a caption"})
-    side("pairs", trained or "other", 4 if trained is None else 50)
-    side("heldout/validation", "A red apple", 4)
+    side("pairs", trained or "other", validation if trained is None else other)
+    side("heldout/validation", "A red apple", validation)
     with pytest.raises(SystemExit, match=r"heldout/validation: 0 pictures .*a red apple" if trained else "heldout/validation: 1 pictures"):
         check(tmp_path, set())
 
