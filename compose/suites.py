@@ -19,7 +19,7 @@ from train.config import Config, Stage
 from train.evaluate import Scorer, Scores, evaluate_key, share_stderr
 from train.run_dir import RunDir, write_atomic, write_json
 from train.weights import exported
-from train.weights.opened import Opened, first_weights, open_model
+from train.weights.opened import Opened, first_weights, no_model, open_model
 
 PAIRS = "candidates.json"
 
@@ -240,7 +240,9 @@ def _evaluated(checkpoint: Path) -> Any:
     if exported.is_export(checkpoint):
         return Config().evaluate
     path = checkpoint.absolute()
-    run = next((p for p in (path, *path.parents[:2]) if RunDir(p).config.exists()), path)
+    run = next((p for p in (path, *path.parents[:2]) if RunDir(p).config.exists()), None)
+    if run is None:
+        raise no_model(path)
     return configure.read_resolved(run).evaluate
 
 

@@ -47,9 +47,14 @@ def open_model(path: Path) -> Opened:
     if path.name == RunDir(path).final.name and not RunDir(path).config.exists():
         path = path.parent
     if not RunDir(path).config.exists():
-        cure = "give a run directory, RUN/checkpoints/step-N, or a folder that xc-train export wrote"
-        raise UserError(f"{path} is no run directory and no export: neither config.yaml nor {exported.FILE} in it ({cure})")
+        raise no_model(path)
     return of_run(path)
+
+
+def no_model(path: Path) -> UserError:
+    """What is said of a folder that holds none."""
+    cure = "give a run directory, RUN/checkpoints/step-N, or a folder that xc-train export wrote"
+    return UserError(f"{path} is no run directory and no export: neither config.yaml nor {exported.FILE} in it ({cure})")
 
 
 def of_run(run_dir: Path) -> Opened:
