@@ -18,9 +18,6 @@ from train.optim import Group
 from train.ranks import Ranks
 from train.weights.initial import Initial
 
-PARTITIONED = 3
-"""ZeRO stage that divides the parameters themselves."""
-
 
 @dataclass(frozen=True)
 class Built:
@@ -44,7 +41,7 @@ def build_model(config: Config, device: Device, ranks: Ranks | None = None) -> B
     trained, frozen = optim.resolve(model, config.train)
     cost = StepCost.of(model, config.train.checkpointing)
     initial = Initial(config, model)
-    if config.deepspeed.stage == PARTITIONED and ranks is not None:
+    if config.deepspeed.stage == 3 and ranks is not None:
         partition(config, model, ranks, device, initial.fill)
     else:
         model.to_empty(device=device.torch_device)
