@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,7 @@ class Scorer:
         wrong = self.score([self._segment(item["caption"], pixels[item["wrong_image"]]) for item in items])
         chosen = self._retrieve(items, pixels)
         hits = np.asarray([c == item["answer"] for c, item in zip(chosen, items, strict=True)])
+        found, guessed = self._pictures_of_captions(items, pixels)
         greedy = self._greedy([pixels[item["key"]] for item in items])
         exact = np.asarray([g == self._normal(c) for g, c in zip(greedy, captions, strict=True)])
         # Differences by picture: their errors are far smaller than those of the losses, which differ by caption.
@@ -107,6 +108,8 @@ class Scorer:
             "wrong_minus_right": sees.mean(),
             "blind_minus_right": helps.mean(),
             "retrieval_of_10": float(hits.mean()),
+            "picture_of_10": float(found.mean()),
+            "picture_by_guessing": guessed,
             "greedy_exact": float(exact.mean()),
         }
         figures["stderr"] |= {
@@ -115,6 +118,7 @@ class Scorer:
             "wrong_minus_right": sees.stderr(),
             "blind_minus_right": helps.stderr(),
             "retrieval_of_10": share_stderr(hits),
+            "picture_of_10": share_stderr(found),
             "greedy_exact": share_stderr(exact),
         }
         by_hash = sorted(range(len(items)), key=lambda i: _by_hash(items[i]))
@@ -151,20 +155,6 @@ class Scorer:
             digest.update(self.model.logits(batch)[: batch.supervised].float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def pictures_of_captions(self, name: str, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-        """For each item of a split, whether its caption is likeliest behind its own picture, and among how many.
-
-        The pictures are those of the item's candidate captions, of each the first that has it.
-        """
-        items, pixels = self._read_split(name, folder)
-        first = {item["caption"]: item["key"] for item in reversed(items)}
-        shown = [[(c == i["caption"], i["key"] if c == i["caption"] else first[c]) for c in i["candidates"] if c in first] for i in items]
-        asked = zip(items, shown, strict=True)
-        nll = self.score([self._segment(item["caption"], pixels[key]) for item, options in asked for _, key in options]).nll
-        counts = np.asarray([len(options) for options in shown])
-        parts = np.split(nll, np.cumsum(counts)[:-1])
-        return np.asarray([options[part.argmin()][0] for part, options in zip(parts, shown, strict=True)]), counts
-
     def texts(self, folder: Path) -> list[Segment]:
         """The segments of a held-out plain-text source."""
         source = self._open("text", folder)
@@ -200,7 +190,7 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, segments: Sequence[Segment]) -> Scores:
-        """Negative log-likelihood of the supervised tokens of each segment."""
+        """Negative log-likelihood of the supervised tokens of each segment; those of one picture are best neighbours."""
         parts, counts = [], []
         for batch, count in self._batches(segments):
             per_target_L = self.model(batch).per_target_L
@@ -223,7 +213,10 @@ class Scorer:
         device = self.model.head.weight.device
         end = self.tokenizer.end
         for group in groups:
-            yield assemble(group, self.images.size, self.images.tokens, end).to(device), len(group)
+            yield (
+                _pictures_once(assemble(group, self.images.size, self.images.tokens, end), group, self.images.tokens).to(device),
+                len(group),
+            )
 
     def _segment(self, caption: str, picture: Picture | None) -> Segment:
         """A caption behind its picture, or alone."""
@@ -239,6 +232,21 @@ class Scorer:
         nll = self.score(segments).nll
         borders = np.cumsum([len(item["candidates"]) for item in items])[:-1]
         return [int(part.argmin()) for part in np.split(nll, borders)]
+
+    def _pictures_of_captions(self, items: list[dict[str, Any]], pixels: dict[str, Picture]) -> tuple[np.ndarray, float]:
+        """For each item, whether its caption is likeliest behind its own picture; and the share that guessing would find.
+
+        The pictures are those of the item's candidate captions, of each the first that has it.
+        """
+        first = {item["caption"]: item["key"] for item in reversed(items)}
+        shown = [[(c == i["caption"], i["key"] if c == i["caption"] else first[c]) for c in i["candidates"] if c in first] for i in items]
+        asked = [(key, item["caption"]) for item, options in zip(items, shown, strict=True) for _, key in options]
+        order = sorted(range(len(asked)), key=lambda i: asked[i])
+        nll = np.empty(len(asked))
+        nll[order] = self.score([self._segment(caption, pixels[key]) for key, caption in (asked[i] for i in order)]).nll
+        counts = np.asarray([len(options) for options in shown])
+        parts = np.split(nll, np.cumsum(counts)[:-1])
+        return np.asarray([options[part.argmin()][0] for part, options in zip(parts, shown, strict=True)]), float((1 / counts).mean())
 
     def _greedy(self, pixels: list[Picture]) -> list[str]:
         captions = []
@@ -268,6 +276,20 @@ class Scorer:
         source = ShardSource(name, folder, key=evaluate_key(name))
         source.require_tokenizer(self.tokenizer.digest)
         return source
+
+
+def _pictures_once(batch: PackedBatch, segments: Sequence[Segment], tile_tokens: int) -> PackedBatch:
+    """The same batch with each of its pictures once, as the ViT needs them: ten captions of a picture are scored together.
+
+    For squares that hold a picture each; other batches are returned as they are.
+    """
+    tiles = [id(tile) for segment in segments for tile in segment.pixels]
+    if any(segment.grids for segment in segments) or len(set(tiles)) == len(tiles):
+        return batch
+    place = {tile: number for number, tile in enumerate(dict.fromkeys(tiles))}
+    first = [tiles.index(tile) for tile in place]
+    rows = torch.tensor([place[tile] for tile in tiles])[:, None] * tile_tokens + torch.arange(tile_tokens)
+    return replace(batch, images=batch.images[first], image_rows=rows.flatten())
 
 
 def evaluate_key(name: str) -> str:

@@ -13,7 +13,7 @@ import re
 import subprocess
 import tarfile
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,7 +58,8 @@ GALLERY = Package(
     ("apt-get", "download", "python-skimage-doc=0.19.3-8"),
 )
 
-PICTURES = {"fluent": (FLUENT, "package/assets/"), "noto": (NOTO, "package/img/google/64/")}
+Styles = dict[str, tuple[Package, str]]
+PICTURES: Styles = {"fluent": (FLUENT, "package/assets/"), "noto": (NOTO, "package/img/google/64/")}
 """Art style -> its package and the folder of its pictures, which are named by code points."""
 
 
@@ -142,9 +143,9 @@ def on_white(image: Image.Image) -> Image.Image:
     return white.convert("RGB")
 
 
-def open_picture(data: bytes) -> Image.Image:
+def open_picture(data: bytes, side: int = PICTURE_SIDE) -> Image.Image:
     """A square emoji on white."""
-    return on_white(Image.open(io.BytesIO(data))).resize((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
+    return on_white(Image.open(io.BytesIO(data))).resize((side, side), Image.Resampling.LANCZOS)
 
 
 def open_figure(data: bytes) -> Image.Image:
@@ -176,27 +177,27 @@ def is_kept(code: str, group: str) -> bool:
     return group not in ("flags", "component") and not gendered
 
 
-def read_concepts(folder: Path) -> list[Concept]:
+def read_concepts(folder: Path, styles: Styles = PICTURES, side: int = PICTURE_SIDE) -> list[Concept]:
     """Every kept emoji that at least one style draws, in the order of the emoji standard; skin tones are not read."""
     labels = read_members(fetch(LABELS, folder), "package/")
     names = json.loads(labels["meta/groups.json"])
-    files = {style: read_members(fetch(package, folder), prefix) for style, (package, prefix) in PICTURES.items()}
-    pictures = {style: {code_of(name.rpartition(".")[0]): data for name, data in sorted(files[style].items())} for style in PICTURES}
+    files = {style: read_members(fetch(package, folder), prefix) for style, (package, prefix) in styles.items()}
+    pictures = {style: {code_of(name.rpartition(".")[0]): data for name, data in sorted(files[style].items())} for style in styles}
     concepts = []
     for entry in sorted(json.loads(labels["en/data.json"]), key=lambda entry: entry.get("order", 0)):
         code = code_of(entry["hexcode"])
-        drawn = {style: open_picture(pictures[style][code]) for style in PICTURES if code in pictures[style]}
+        drawn = {style: open_picture(pictures[style][code], side) for style in styles if code in pictures[style]}
         if "group" in entry and drawn and is_kept(code, names["groups"][str(entry["group"])]):
             subgroup = names["subgroups"][str(entry["subgroup"])].replace("-", " ")
             tags = tuple(plain_text(tag).lower() for tag in entry.get("tags", []))
             concepts.append(Concept(code, subgroup, plain_text(entry["label"]).lower(), tags, drawn))
-    return without_duplicates(concepts)
+    return without_duplicates(concepts, styles)
 
 
-def without_duplicates(concepts: list[Concept]) -> list[Concept]:
+def without_duplicates(concepts: list[Concept], styles: Collection[str]) -> list[Concept]:
     """Drops every concept whose label, or nearly whose picture in some style, an earlier concept has."""
     kept: list[Concept] = []
-    seen = {style: np.zeros((0, 36 * 36 * 3), np.float32) for style in PICTURES}
+    seen = {style: np.zeros((0, 36 * 36 * 3), np.float32) for style in styles}
     labels: set[str] = set()
     for concept in concepts:
         thumbs = {style: np.asarray(p.resize((36, 36)), np.float32).reshape(1, -1) for style, p in concept.pictures.items()}

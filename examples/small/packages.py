@@ -10,6 +10,7 @@ import io
 import posixpath
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,13 @@ import lxml.html
 from PIL import Image
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "demo"))
-from sources import GALLERY, Package, elements_of, fetch, on_white, plain_text, read_concepts, read_members
+from sources import GALLERY, PICTURES, Package, elements_of, fetch, on_white, plain_text, read_concepts, read_members
 
 SIDE = 224
 """Longest side of a stored picture, in pixels."""
 LEAST_SIDE = 48
 MOST_ASPECT = 4
+MOST_OF_A_TITLE = 3
 LEAST_WORDS = 30
 """Of a document."""
 
@@ -34,6 +36,13 @@ def _debian(name: str, version: str, sha256: str) -> Package:
     return Package(archive, sha256, ("apt-get", "download", "-q", f"{name}={version}"))
 
 
+TWEMOJI = Package(
+    "emoji-datasource-twitter-16.0.0.tgz",
+    "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+    ("npm", "pack", "--silent", "emoji-datasource-twitter@16.0.0"),
+)
+STYLES = PICTURES | {"twemoji": (TWEMOJI, "package/img/twitter/64/")}
+EMOJI_SIDE = 128
 STAMPS = _debian("tuxpaint-stamps-default", "2022.06.04-1", "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34")
 CLIPART = _debian("openclipart-png", "1:0.18+dfsg-19", "f07f1545a2970c2cf3fa339bc2405da1a95cf2b1827bfa05bf73eb1c20291c02")
 CLIPART_FACTS = _debian("openclipart-svg", "1:0.18+dfsg-19", "989712d90d57dfa3230049f553bb43b76c30ee4d4b8c5f6e106e33f7db5cbdc5")
@@ -115,7 +124,7 @@ def read_pairs(folder: Path) -> Iterator[Pair]:
 
 
 def _emoji(folder: Path) -> Iterator[Pair]:
-    for concept in read_concepts(folder):
+    for concept in read_concepts(folder, STYLES, EMOJI_SIDE):
         for style, image in concept.pictures.items():
             yield Pair(f"{style}-{concept.code}", concept.label, image)
 
@@ -131,27 +140,28 @@ def _stamps(folder: Path) -> Iterator[Pair]:
 
 
 def _clip_art(folder: Path) -> Iterator[Pair]:
-    """Drawings in the public domain that have a title; keywords follow it."""
+    """Drawings in the public domain whose title names them."""
     pictures = read_members(fetch(CLIPART, folder), "./usr/share/openclipart/png/")
     facts = read_members(fetch(CLIPART_FACTS, folder), "./usr/share/openclipart/svg/")
-    for name in sorted(pictures):
-        caption = _clip_art_caption(facts.get(name.removesuffix(".png") + ".svg", b""))
-        image = open_image(pictures[name]) if caption else None
-        if image and caption:
-            yield Pair(_key("clip", name.removesuffix(".png")), caption, image)
+    for name, title in telling({name: _title(facts.get(name.removesuffix(".png") + ".svg", b"")) for name in sorted(pictures)}).items():
+        image = open_image(pictures[name])
+        if image:
+            yield Pair(_key("clip", name.removesuffix(".png")), title, image)
 
 
-def _clip_art_caption(svg: bytes) -> str | None:
+def telling(titles: dict[str, str | None]) -> dict[str, str]:
+    """Those of the titles that name a drawing: what many drawings are called is their collection."""
+    borne = Counter(titles.values())
+    return {name: title for name, title in titles.items() if title and borne[title] <= MOST_OF_A_TITLE}
+
+
+def _title(svg: bytes) -> str | None:
     text = svg.decode("utf-8", "replace")
     title = re.search(r"<dc:title>([^<]+)</dc:title>", text)
     if not title or "PublicDomain" not in text or "gramastar" in text:
         return None
     words = plain_text(title[1].replace("_", " ").replace("-", " ")).lower()
-    keywords = [plain_text(k).lower() for k in re.findall(r"<rdf:li>([^<]+)</rdf:li>", text)]
-    keywords = [k for k in dict.fromkeys(keywords) if k and k not in words and len(k) < 24][:4]
-    if not re.search(r"[a-z]{3}", words) or len(words) > 80 or "converted from" in words:
-        return None
-    return f"{words}: {', '.join(keywords)}" if keywords else words
+    return words if re.search(r"[a-z]{3}", words) and len(words) <= 80 and "converted from" not in words else None
 
 
 # Documents

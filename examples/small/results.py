@@ -1,7 +1,7 @@
-"""The small model's figures over several seeds: trains and measures what is missing, and prints the table of docs/results.md.
+"""The small model's figures over several seeds: trains and measures what is missing, and prints the tables of docs/results.md.
 
-Invariant: a seed changes weights, data order and dropout; data, splits and settings stay. Every figure is read from a file of a run
-directory; `--check` fails where the document says something else.
+Invariant: a seed changes weights, data order, augmentation and dropout; data, splits and settings stay. Every figure is read from a file
+of a run directory; `--check` fails where the document says something else.
 
     make small-data
     python examples/small/results.py 0 1 2                          (an hour a seed on two cores)
@@ -20,69 +20,85 @@ from train.run_dir import RunDir
 RUNS = Path("runs/small/seeds")
 BIN = Path(sys.executable).parent
 STAGES = ("blind", "pretrain")
-SUITES = ("captions", "text")
-FIGURES = ("retrieval_of_10", "picture_of_10", "nll_right", "nll_wrong", "greedy_exact")
+FIGURES = {
+    "retrieval_of_10": "caption of its picture, among ten",
+    "picture_of_10": "picture of its caption, among ten",
+    "nll_right": "nats a token of a caption, behind its picture",
+    "nll_wrong": "behind a wrong picture",
+    "greedy_exact": "greedy captions that are exactly right",
+}
+"""In `evaluation.json`; what the table calls them."""
 
 
 def main() -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(description="Figures of the small model over several seeds, as the table of docs/results.md.")
+    parser = argparse.ArgumentParser(description="Figures of the small model over several seeds, as the tables of docs/results.md.")
     parser.add_argument("seeds", nargs="+", type=int)
     parser.add_argument("--procs", default="2", help="ranks of a training (default 2)")
-    parser.add_argument("--check", type=Path, help="a document that must hold the table; nothing is trained")
+    parser.add_argument("--check", type=Path, help="a document that must hold the tables; nothing is trained")
     arguments = parser.parse_args()
     if arguments.check is None:
         for seed in arguments.seeds:
             train(seed, arguments.procs)
-    table = "\n".join(lines(arguments.seeds))
-    print(f"\n{table}")
-    if arguments.check and table not in arguments.check.read_text():
-        print(f"error: {arguments.check} does not hold this table (put it there)", file=sys.stderr)
-        return 1
+    said = arguments.check.read_text() if arguments.check else ""
+    for table in (figures(arguments.seeds), samples(arguments.seeds[0])):
+        print(f"\n{table}")
+        if arguments.check and table not in said:
+            print(f"error: {arguments.check} does not hold this table (put it there)", file=sys.stderr)
+            return 1
     return 0
 
 
 def train(seed: int, procs: str) -> None:
     """Trains and measures what is not there yet; what was interrupted goes on."""
     for stage in STAGES:
-        run = RunDir(RUNS / str(seed) / stage)
-        if not run.final.exists():
-            overrides = [f"run.seed={seed}", f"run.dir={run.path}", "track.wandb=false"]
-            subprocess.run([BIN / "xc-train", "run", f"configs/small/{stage}.yaml", "--procs", procs, *overrides], check=True)
-        for suite in SUITES if stage == "pretrain" else SUITES[:1]:
-            out = run.path / f"{suite}.json"
-            if not out.exists():
-                subprocess.run([BIN / "xc-compose", "eval", run.path, "--suite", suite, "-o", out], check=True)
+        run = RUNS / str(seed) / stage
+        overrides = [f"run.seed={seed}", f"run.dir={run}", "track.wandb=false"]
+        subprocess.run([BIN / "xc-train", "run", f"configs/small/{stage}.yaml", "--procs", procs, *overrides], check=True)
+    text = RUNS / str(seed) / "pretrain" / "text.json"
+    if not text.exists():
+        subprocess.run([BIN / "xc-compose", "eval", text.parent, "--suite", "text", "-o", text], check=True)
 
 
-def lines(seeds: list[int]) -> list[str]:
-    """The table: held-out test pairs of concepts that no stage has seen, a column a seed."""
-    found = [figures(RUNS / str(seed)) for seed in seeds]
-    rows = [f"| | {' | '.join(f'seed {seed}' for seed in seeds)} | mean |", "|---" * (len(seeds) + 2) + "|"]
-    for name in found[0]:
-        values = [f[name] for f in found]
+def figures(seeds: list[int]) -> str:
+    """A column a seed; of the test pairs, whose concepts no stage has seen."""
+    columns = [of_seed(RUNS / str(seed)) for seed in seeds]
+    lines = [f"| | {' | '.join(f'seed {seed}' for seed in seeds)} | mean |", "|---" * (len(seeds) + 2) + "|"]
+    for name in columns[0]:
+        values = [column[name] for column in columns]
         if isinstance(values[0], str):
-            rows.append(f"| {name} | {' | '.join(values)} | |")
+            lines.append(f"| {name} | {' | '.join(values)} | |")
             continue
         cells = [f"{value:.3f}{f' ± {error:.3f}' if error else ''}" for value, error in values]
-        rows.append(f"| {name} | {' | '.join(cells)} | {statistics.mean(value for value, _ in values):.3f} |")
-    return rows
+        lines.append(f"| {name} | {' | '.join(cells)} | **{statistics.mean(value for value, _ in values):.3f}** |")
+    return "\n".join(lines)
 
 
-def figures(folder: Path) -> dict[str, str | tuple[float, float | None]]:
-    """Of one seed: each figure with its standard error, or words."""
-    test, blind = (_table(folder / stage / "captions.json", "test") for stage in ("pretrain", "blind"))
-    text = json.loads((folder / "pretrain" / "text.json").read_text())["tables"][0]
-    found: dict[str, str | tuple[float, float | None]] = {name: test[name] for name in FIGURES}
-    found["nll of the control that sees no picture"] = blind["nll_blind"]
-    found["text alone, against the base model"] = text["notes"][0].removeprefix("Logits ").rstrip(".")
-    found["minutes of training"] = RunDir(folder / "pretrain").lived_s() / 60, None
+def of_seed(folder: Path) -> dict[str, str | tuple[float, float | None]]:
+    """Each figure with its standard error over pictures, or words."""
+    blind, pretrain = (RunDir(folder / stage) for stage in STAGES)
+    seeing, control = (json.loads(run.evaluation.read_text())["splits"]["test"] for run in (pretrain, blind))
+    text = json.loads((pretrain.path / "text.json").read_text())["tables"][0]
+    found: dict[str, str | tuple[float, float | None]] = {words: (seeing[f], seeing["stderr"][f]) for f, words in FIGURES.items()}
+    found["of the language model that learnt the same captions and sees no picture"] = control["nll_blind"], control["stderr"]["nll_blind"]
+    found["text alone: logits"] = text["notes"][0].removeprefix("Logits ").rstrip(".")
+    found["minutes of training"] = pretrain.lived_s() / 60, None
     return found
 
 
-def _table(file: Path, split: str) -> dict[str, tuple[float, float | None]]:
-    tables = {table["name"]: table for table in json.loads(file.read_text())["tables"]}
-    return {row["figure"]: (row["value"], row["stderr"]) for row in tables[split]["rows"]}
+def samples(seed: int) -> str:
+    """What the model writes about the first test pictures by SHA-256 of their key, and which of ten captions it prefers."""
+    stored = json.loads(RunDir(RUNS / str(seed) / "pretrain").evaluation.read_text())["splits"]["test"]["samples"]
+    lines = ["| picture | its caption | written | chosen of ten |", "|---|---|---|---|"]
+    for s in stored:
+        cells = (s["key"], s["reference"], marked(s["generated"], s["generated_right"]), marked(s["retrieved"], s["retrieved_right"]))
+        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def marked(words: str, right: bool) -> str:
+    """Bold where it is right."""
+    return f"**{words}**" if right else words
 
 
 if __name__ == "__main__":

@@ -146,6 +146,13 @@ def test_a_renamed_tokenizer_has_begin_end_and_turns(tmp_path):
     assert json.loads((tmp_path / "tokenizer.json").read_text())["post_processor"] is None
 
 
+def test_a_title_that_many_drawings_bear_is_no_caption():
+    from packages import telling
+
+    titles = {"a": "jigsaw", "b": "boat", **{f"icon {i}": "icon collection" for i in range(4)}, "c": "boat", "d": None}
+    assert telling(titles) == {"a": "jigsaw", "b": "boat", "c": "boat"}
+
+
 def test_a_picture_that_is_none_or_too_small_is_left_out():
     from packages import open_image
 

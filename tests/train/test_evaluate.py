@@ -45,6 +45,21 @@ def test_a_segment_scores_the_same_alone_and_among_others(scorer):
     assert together.tokens.tolist() == [len(scorer.tokenizer.encode(c)) + 1 for c in captions]
 
 
+def test_captions_of_one_picture_score_as_alone_and_the_vit_sees_it_once(scorer):
+    captions = ["red apple", "parrot", "sun behind cloud"]
+    shown = [picture(0), picture(1)]
+    segments = [scorer._segment(caption, of) for of in (*shown, shown[0]) for caption in captions]
+    alone = [scorer.score([s]).nll[0] for s in segments]
+    seen: list[int] = []
+    hook = scorer.model.vision.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    try:
+        together = scorer.score(segments)
+    finally:
+        hook.remove()
+    assert together.nll == pytest.approx(alone, rel=1e-5)
+    assert seen == [2]
+
+
 def test_a_score_is_the_cross_entropy_of_the_caption_and_its_end(scorer):
     segment = scorer._segment("food fruit: red apple", picture(3))
     batch = assemble([segment], 32, 1, scorer.tokenizer.end)

@@ -82,7 +82,8 @@ class XComposer2(nn.Module):
     def embed(self, batch: PackedBatch) -> Tensor:
         """[T, D]: embeddings of the words, with the image tokens in place."""
         words_TD = self.decoder.tok_embeddings(batch.input_ids)
-        chosen = self.projector.marks or batch.shared_by > 1  # else every row is placed, in order
+        # Else every row is placed once, in order.
+        chosen = self.projector.marks or batch.shared_by > 1 or len(batch.image_rows) != len(batch.images) * self.projector.tokens
         image_tokens_VD = self.projector(self.vision(batch.images), batch.image_rows if chosen else None)
         return words_TD.index_copy(0, batch.image_index, image_tokens_VD)
 
