@@ -28,6 +28,7 @@ from torch import Tensor
 from data_pipeline.batch import PackedBatch, Segment, assemble
 from data_pipeline.text.templates import Rendered
 from train.config import Checkpointing, Recompute
+from train.device import cpu_has_bf16
 from train.flops import Shape, StepCost
 from train.model.xcomposer2 import XComposer2
 from train.model_config import DecoderConfig, LowRankMode, ModelConfig, PLoRAConfig, ProjectorConfig, VisionConfig
@@ -153,8 +154,7 @@ def compare(size: Size, name: str, rounds: int) -> Rounds:
         found.setdefault(f"speedup_{name}", []).append(took["ordinary"] / took["ours"])
     products = sum(f.model for part, f in StepCost.of(model, Checkpointing()).by_part(Shape.of(batch)).items() if part != "attention")
     found[f"{name}: GFLOP/s of bare products, best round"] = [best_rate / 1e9]
-    if name == "fp32" or has_amx():
-        found[f"gemm_share_{name}"] = [products / each / best_rate for each in found[f"{name}: seconds of ours"]]
+    found[f"gemm_share_{name}"] = [products / each / best_rate for each in found[f"{name}: seconds of ours"]]
     return found
 
 
@@ -243,11 +243,6 @@ def memory_ratio(size: Size) -> Rounds:
     }
 
 
-def has_amx() -> bool:
-    """Whether the processor multiplies bf16 in hardware."""
-    return Path("/proc/cpuinfo").exists() and "amx_bf16" in Path("/proc/cpuinfo").read_text()
-
-
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description="A training step against padded batches, boolean masks, full logits and a dense mask.")
@@ -256,16 +251,14 @@ def main() -> None:
     parser.add_argument(
         "--scale", type=int, default=1, choices=(1, 2, 4, 8), help="so many times fewer layers, words and samples: a slow machine's turn"
     )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, help="what to measure (default: all; bf16 where the processor has AMX)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="what to measure (default: all; bf16 where the processor has it)")
     parser.add_argument("--quick", action="store_true", help="a tiny model: shows that it runs, measures nothing")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     size = size_of(args.quick, args.scale)
-    parts = args.parts or [part for part in PARTS if part != "bf16" or has_amx() or args.quick]
+    parts = args.parts or [part for part in PARTS if part != "bf16" or cpu_has_bf16() or args.quick]
     if "bf16" not in parts:
-        print("bf16 was not measured: without AMX a processor has no fast bf16 products (--parts bf16 measures it all the same)")
-    elif not has_amx():
-        print("gemm_share_bf16 does not apply: the processor has no AMX")
+        print("bf16 was not measured: this processor has no bf16 products (--parts bf16 measures it all the same)")
     measure: dict[str, Callable[[], Rounds]] = {
         "memory": lambda: memory_ratio(size),
         **{name: lambda name=name: compare(size, name, args.rounds) for name in FORMATS},
@@ -286,7 +279,7 @@ def main() -> None:
         "cores": os.cpu_count(),
         "threads": args.threads,
         "scale": args.scale,
-        "amx": has_amx(),
+        "bf16": cpu_has_bf16(),
         "load": round(os.getloadavg()[0], 1),
     }
     versions = {"python": platform.python_version(), "torch": version("torch"), "timm": version("timm"), **machine}

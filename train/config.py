@@ -25,7 +25,7 @@ class Stage(Enum):
 class Precision(Enum):
     """Number format of weights and activations; optimizer state is fp32 always."""
 
-    auto = "auto"  # bf16 where the device multiplies it fast (GPU, AMX), else fp32
+    auto = "auto"  # bf16 where the device multiplies it fast (GPU, AMX, AVX-512 with bf16), else fp32
     bf16 = "bf16"
     fp32 = "fp32"
 

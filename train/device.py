@@ -11,6 +11,8 @@ import torch
 
 from train.config import Precision
 
+_BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
+
 
 @dataclass(frozen=True)
 class Device:
@@ -48,8 +50,16 @@ def choose(precision: Precision, local_rank: int) -> Device:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return Device(device, torch.bfloat16 if fast else torch.float32, f"GPU {'has' if fast else 'lacks'} bf16")
-    fast = "amx_bf16" in _cpu_flags()
-    return Device(device, torch.bfloat16 if fast else torch.float32, f"processor {'has' if fast else 'lacks'} AMX")
+    fast = cpu_has_bf16()
+    return Device(device, torch.bfloat16 if fast else torch.float32, f"processor {'has' if fast else 'lacks'} bf16")
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bf16 in hardware: with AMX 5 times as fast as fp32, with AVX-512 twice (docs/benchmarks.md).
+
+    Others emulate it, at a hundredth of the speed.
+    """
+    return not _BF16_FLAGS.isdisjoint(_cpu_flags())
 
 
 def _cpu_flags() -> set[str]:
