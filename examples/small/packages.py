@@ -62,16 +62,32 @@ PAGES = {
 """Source of documents -> its package, the folder of its pages, and their names."""
 FURNITURE = "navheader navfooter toc note tip warning caution sk-landing-container navbar sidebar related sphinxsidebar footer topmenu"
 LOGOS = re.compile(r"logo|thumb|icon|callouts|_static", re.I)
+ARTICLE = re.compile(r"^(an?|the) ")
 NUMBER = re.compile(r"^(Figure|Table)\s+[\d.]+\s*")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture and its caption."""
+    """A picture and its caption: where its source files it, and what it is called there (`animal bird: parrot`)."""
 
     key: str
     caption: str
     image: Image.Image
+
+    @property
+    def label(self) -> str:
+        """What tells concepts apart, whatever the source: without category, article and case."""
+        return ARTICLE.sub("", label_of(self.caption).lower())
+
+
+def label_of(caption: str) -> str:
+    """What stands behind the category; all of a caption without one."""
+    return caption.partition(": ")[2] or caption
+
+
+def filed_under(name: str) -> str:
+    """The folders of a file as a category: `animals/birds/x.png` under `animals birds`."""
+    return posixpath.dirname(name).replace("/", " ").replace("_", " ").replace("-", " ").lower()
 
 
 @dataclass(frozen=True)
@@ -129,7 +145,7 @@ def read_pairs(folder: Path) -> Iterator[Pair]:
 def _emoji(folder: Path) -> Iterator[Pair]:
     for concept in read_concepts(folder, STYLES, EMOJI_SIDE):
         for style, image in concept.pictures.items():
-            yield Pair(f"{style}-{concept.code}", concept.label, image)
+            yield Pair(f"{style}-{concept.code}", concept.caption, image)
 
 
 def _stamps(folder: Path) -> Iterator[Pair]:
@@ -139,7 +155,7 @@ def _stamps(folder: Path) -> Iterator[Pair]:
         caption = plain_text(files[name].decode("utf-8", "replace").split("\n")[0]).rstrip(".")
         image = open_image(files[f"{stem}.png"]) if f"{stem}.png" in files else None
         if image and caption:
-            yield Pair(_key("stamp", stem), caption, image)
+            yield Pair(_key("stamp", stem), f"{filed_under(name)}: {caption}", image)
 
 
 def _clip_art(folder: Path) -> Iterator[Pair]:
@@ -151,7 +167,7 @@ def _clip_art(folder: Path) -> Iterator[Pair]:
     for name, title in telling(titles).items():
         image = open_image(pictures[name])
         if image:
-            yield Pair(_key("clip", name.removesuffix(".png")), title, image)
+            yield Pair(_key("clip", name.removesuffix(".png")), f"{filed_under(name)}: {title}", image)
 
 
 def telling(titles: dict[str, str | None]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from train.run_dir import RunDir
 
 RUNS = Path("runs/small/seeds")
+CANDIDATES = Path("runs/small/data/heldout/test/candidates.json")
 BIN = Path(sys.executable).parent
 STAGES = ("blind", "pretrain")
 FIGURES = {
@@ -80,10 +81,23 @@ def of_seed(folder: Path) -> dict[str, str | tuple[float, float | None]]:
     seeing, control = (json.loads(run.evaluation.read_text())["splits"]["test"] for run in (pretrain, blind))
     text = json.loads((pretrain.path / "text.json").read_text())["tables"][0]
     found: dict[str, str | tuple[float, float | None]] = {words: (seeing[f], seeing["stderr"][f]) for f, words in FIGURES.items()}
+    found["caption among ten, by guessing among those of the right category"] = category_alone(), None
     found["of the language model that learnt the same captions and sees no picture"] = control["nll_blind"], control["stderr"]["nll_blind"]
     found["text alone: logits"] = text["notes"][0].removeprefix("Logits ").rstrip(".")
     found["minutes of training"] = pretrain.lived_s() / 60, None
     return found
+
+
+def category_alone() -> float:
+    """How often a caption is found by someone who sees its category and nothing else."""
+    items = json.loads(CANDIDATES.read_text())["items"]
+    of = [[category(caption) for caption in (item["caption"], *item["candidates"])] for item in items]
+    return statistics.mean(1 / candidates.count(right) for right, *candidates in of)
+
+
+def category(caption: str) -> str:
+    """Where its source files a picture."""
+    return caption.partition(": ")[0]
 
 
 def samples(seed: int) -> str:

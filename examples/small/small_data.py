@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from conversations import Sample, of_composition, of_documents, of_pairs, webp
-from packages import Document, Figure, Pair, read_documents, read_pairs
+from packages import Document, Figure, Pair, label_of, read_documents, read_pairs
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "demo"))
 from build import rank, read_shards, write_shards
@@ -46,12 +46,12 @@ def thumb(image: Image.Image) -> bytes:
 
 
 def concepts(pairs: Iterable[Pair]) -> list[list[Pair]]:
-    """Pairs that share a caption or a picture, directly or through others, are one concept."""
+    """Pairs that share a label or a picture, directly or through others, are one concept."""
     groups: dict[int, list[Pair]] = {}
     marks: dict[int, set[object]] = {}
     group_of: dict[object, int] = {}
     for number, pair in enumerate(pairs):
-        groups[number], marks[number] = [pair], {pair.caption.lower(), thumb(pair.image)}
+        groups[number], marks[number] = [pair], {pair.label, thumb(pair.image)}
         for other in {group_of[m] for m in marks[number] if m in group_of}:
             groups[number] += groups.pop(other)
             marks[number] |= marks.pop(other)
@@ -69,7 +69,7 @@ def split(pairs: Iterable[Pair], documents: Iterable[Document] = ()) -> tuple[li
     training: list[Pair] = []
     for group in ordered:
         half = next((h for h in held_out.values() if len(h) < HELD_OUT), None)
-        unseen = len(group) <= 4 and not told & _marks((p.image, p.caption) for p in group)
+        unseen = len(group) <= 4 and not told & _marks((p.image, p.label) for p in group)
         (half if half is not None and unseen else training).extend(group)
     return sorted(training, key=lambda p: rank("pairs", p.key)), held_out
 
@@ -79,7 +79,7 @@ def split_documents(documents: Iterable[Document], pairs: Iterable[Pair]) -> tup
     ordered = sorted(documents, key=lambda d: rank("document", d.name))
     marks = {d.name: _marks((f.image, f.caption) for f in d.figures) for d in ordered}
     seen = Counter(mark for d in ordered for mark in marks[d.name] | {p.lower() for p in d.paragraphs})
-    seen.update(_marks((p.image, p.caption) for p in pairs))
+    seen.update(_marks((p.image, p.label) for p in pairs))
     held_out = [d for d in ordered if all(seen[mark] == 1 for mark in marks[d.name])][:HELD_OUT_DOCUMENTS]
     return [d for d in ordered if d not in held_out], held_out
 
@@ -163,11 +163,13 @@ def check(out: Path, figure_captions: set[str]) -> None:
 
 
 def _content(out: Path, folders: Iterable[str]) -> tuple[set[str], set[bytes]]:
-    """All texts in lower case, and the thumbs of all pictures."""
+    """All texts in lower case, of pairs their labels too, and the thumbs of all pictures."""
     texts, pictures = set(), set()
     for sample in (s for folder in folders for s in read_shards(out / folder / "*.tar")):
         pictures |= {thumb(Image.open(io.BytesIO(v))) for k, v in sample.items() if k.endswith("webp")}
         value = json.loads(sample.get("json", b"{}"))
+        if "txt" in sample and "webp" in sample:
+            texts.add(label_of(sample["txt"].decode()).lower())
         turns = [t["value"] for t in value.get("conversations", [])]
         texts |= {t.lower() for t in (sample.get("txt", b"").decode(), *value.get("texts", []), *turns) if t}
     return texts, pictures

@@ -36,9 +36,9 @@ def test_pairs_that_share_a_caption_or_a_picture_stay_on_one_side():
     from small_data import candidates, concepts, split, thumb
 
     pairs = [Pair(f"a-{i}", f"thing {i}", drawing(i)) for i in range(40)]
-    pairs += [Pair("b-1", "THING 1", drawing(90)), Pair("b-2", "other", drawing(2, 90)), Pair("b-3", "third", drawing(90, 120))]
+    pairs += [Pair("b-1", "toys: A thing 1", drawing(90)), Pair("b-2", "other", drawing(2, 90)), Pair("b-3", "third", drawing(90, 120))]
     groups = {tuple(p.key for p in group) for group in concepts(pairs)}
-    assert ("a-1", "b-1", "b-3") in groups, "through a caption, and on through a picture"
+    assert ("a-1", "b-1", "b-3") in groups, "through a label, whatever the category, and on through a picture"
     assert ("a-2", "b-2") in groups, "the same picture in another size"
     assert sum(map(len, groups)) == len(pairs)
     import small_data
@@ -50,7 +50,7 @@ def test_pairs_that_share_a_caption_or_a_picture_stay_on_one_side():
     assert len(training) + sum(map(len, held_out.values())) == len(pairs)
     for half, held in held_out.items():
         assert len(held) >= 6
-        assert not {p.caption.lower() for p in held} & {p.caption.lower() for p in training}
+        assert not {p.label for p in held} & {p.label for p in training}
         assert not {thumb(p.image) for p in held} & {thumb(p.image) for p in training}
         for item in candidates(half, held):
             assert item["candidates"][item["answer"]] == item["caption"]
@@ -79,7 +79,7 @@ def test_held_out_pages_share_no_picture_caption_or_paragraph_with_training(monk
     assert len(paragraphs) == 40 and "Six words that all pages have." not in paragraphs
 
 
-@pytest.mark.parametrize("trained", ["a red apple", None])
+@pytest.mark.parametrize("trained", ["food: A red apple", "plants: a red apple", None])
 def test_a_build_that_trains_on_what_it_holds_out_ends(tmp_path, trained):
     from packages import Pair
     from small_data import HELD_OUT_SOURCES, TRAINING, check, pair_samples, write_shards
@@ -94,7 +94,7 @@ def test_a_build_that_trains_on_what_it_holds_out_ends(tmp_path, trained):
         side(folder, f"thing {number}", number)
     check(tmp_path, {"a caption"})
     side("pairs", trained or "other", validation if trained is None else other)
-    side("heldout/validation", "A red apple", validation)
+    side("heldout/validation", "food: a red apple", validation)
     with pytest.raises(SystemExit, match=r"heldout/validation: 0 pictures .*a red apple" if trained else "heldout/validation: 1 pictures"):
         check(tmp_path, set())
 

@@ -27,8 +27,10 @@ def lived(run: Path, seconds: int) -> None:
 
 def write_seed(seed: int) -> None:
     """Figures that tell seeds apart, where results.py finds them."""
-    from results import FIGURES, RUNS
+    from results import CANDIDATES, FIGURES, RUNS
 
+    item = {"caption": "tool: saw", "candidates": ["tool: saw", "animal: bull", "tool: axe", "plant: oak"]}
+    write(CANDIDATES, {"items": [item, {**item, "caption": "plant: oak"}]})
     split = dict.fromkeys(FIGURES, 0.5 + seed / 100) | {"nll_blind": 4.0}
     sample = {"key": "k|1", "reference": "a saw", "generated": "a saw", "generated_right": True, "retrieved": "a bull"}
     split |= {"stderr": dict.fromkeys(split, 0.02), "samples": [sample | {"retrieved_right": False}]}
@@ -53,6 +55,7 @@ def test_the_check_of_results_fails_where_the_document_says_something_else(monke
     assert check(monkeypatch, results, document) == 0
     said = document.read_text()
     assert "| 0.500 ± 0.020 | 0.510 ± 0.020 | **0.505** |" in said and "| 10.000 | 10.000 | **10.000** |" in said
+    assert "by guessing among those of the right category | 0.750 | 0.750 | **0.750** |" in said
     assert "| k/1 | a saw | **a saw** | a bull |" in said
     document.write_text(said.replace("0.510", "0.610"))
     assert check(monkeypatch, results, document) == 1
