@@ -76,13 +76,13 @@ class Pair:
 
     @property
     def label(self) -> str:
-        """What tells concepts apart, whatever the source: without category, article and case."""
-        return ARTICLE.sub("", label_of(self.caption).lower())
+        """What tells concepts apart, whatever the source."""
+        return label_of(self.caption)
 
 
 def label_of(caption: str) -> str:
-    """What stands behind the category; all of a caption without one."""
-    return caption.partition(": ")[2] or caption
+    """A caption without category, article and case."""
+    return ARTICLE.sub("", (caption.partition(": ")[2] or caption).lower())
 
 
 def filed_under(name: str) -> str:

@@ -169,7 +169,7 @@ def _content(out: Path, folders: Iterable[str]) -> tuple[set[str], set[bytes]]:
         pictures |= {thumb(Image.open(io.BytesIO(v))) for k, v in sample.items() if k.endswith("webp")}
         value = json.loads(sample.get("json", b"{}"))
         if "txt" in sample and "webp" in sample:
-            texts.add(label_of(sample["txt"].decode()).lower())
+            texts.add(label_of(sample["txt"].decode()))
         turns = [t["value"] for t in value.get("conversations", [])]
         texts |= {t.lower() for t in (sample.get("txt", b"").decode(), *value.get("texts", []), *turns) if t}
     return texts, pictures
