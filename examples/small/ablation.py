@@ -64,28 +64,39 @@ def main() -> int:
     return 0
 
 
-def tune(arm: str, rate: str, procs: int) -> float:
-    """Nats a token of the validation captions behind their pictures, after a short run of seed 0."""
-    run = RunDir(RUNS / "tuning" / f"{arm}-{rate}")
-    found = run.path / "validation.json"
+def tune(arm: str, rate: str, procs: int) -> None:
+    """Trains a short run of seed 0 and measures the validation captions behind their pictures."""
+    found = tuning_file(arm, rate)
     if not found.exists():
+        run = RunDir(found.parent)
         train(run, arm, rate, 0, procs, f"data.sources.pairs.weight={TUNING_EPOCHS}")
         opened = open_model(run.path)
         scorer = Scorer(opened.model, opened.tokenizer, opened.config)
         right = scorer.captions("validation", HELD_OUT / "validation", sys.maxsize)["right"]
         write_json(found, {"nll_right": scorer.score(right).mean()})
-    return float(json.loads(found.read_text())["nll_right"])
 
 
-def best_rate(arm: str, procs: int) -> str:
+def tuning_file(arm: str, rate: str) -> Path:
+    """What a short run found."""
+    return RUNS / "tuning" / f"{arm}-{rate}" / "validation.json"
+
+
+def tuned(arm: str, rate: str) -> float:
+    """Nats a token."""
+    return float(json.loads(tuning_file(arm, rate).read_text())["nll_right"])
+
+
+def best_rate(arm: str) -> str:
     """The arm's learning rate."""
-    return min(RATES[arm], key=lambda rate: tune(arm, rate, procs))
+    return min(RATES[arm], key=lambda rate: tuned(arm, rate))
 
 
 def measure(arm: str, seed: int, procs: int) -> RunDir:
     """Trains with the arm's learning rate, and measures the test half."""
+    for rate in RATES[arm]:
+        tune(arm, rate, procs)
     run = RunDir(RUNS / str(seed) / arm)
-    train(run, arm, best_rate(arm, procs), seed, procs)
+    train(run, arm, best_rate(arm), seed, procs)
     for suite, data in SUITES.items():
         out = run.path / f"{suite}.json"
         if not out.exists():
@@ -114,8 +125,8 @@ def tuning_table() -> str:
     """A row an arm; the chosen rate is bold."""
     lines = ["| | learning rate: nats a token on the validation half |", "|---|---|"]
     for arm, rates in RATES.items():
-        chosen = best_rate(arm, 0)
-        lines.append(f"| {arm} | {' · '.join(marked(f'{rate}: {tune(arm, rate, 0):.3f}', rate == chosen) for rate in rates)} |")
+        chosen = best_rate(arm)
+        lines.append(f"| {arm} | {' · '.join(marked(f'{rate}: {tuned(arm, rate):.3f}', rate == chosen) for rate in rates)} |")
     return "\n".join(lines)
 
 
@@ -142,4 +153,10 @@ def _spread(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except FileNotFoundError as error:
+        print(
+            f"error: no {error.filename} (make small-data, then the same command without --check, writes what is measured)", file=sys.stderr
+        )
+        sys.exit(2)

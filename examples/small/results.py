@@ -116,4 +116,10 @@ def marked(words: str, right: bool) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except FileNotFoundError as error:
+        print(
+            f"error: no {error.filename} (make small-data, then the same command without --check, writes what is measured)", file=sys.stderr
+        )
+        sys.exit(2)

@@ -76,7 +76,7 @@ def test_an_arm_of_the_ablation_takes_the_rate_that_validation_prefers(monkeypat
             lived(run, 600)
     for seed in (0, 1):
         write_seed(seed)
-    assert [ablation.best_rate(arm, 0) for arm in ablation.RATES] == [rates[1] for rates in ablation.RATES.values()]
+    assert [ablation.best_rate(arm) for arm in ablation.RATES] == [rates[1] for rates in ablation.RATES.values()]
     document = tmp_path / "ablation.md"
     document.write_text(f"{ablation.tuning_table()}\n\n{ablation.outcome_table([0, 1])}")
     assert check(monkeypatch, ablation, document) == 0
@@ -84,3 +84,15 @@ def test_an_arm_of_the_ablation_takes_the_rate_that_validation_prefers(monkeypat
     assert "5e-4: 5.000 · **1e-3: 4.000** · 2e-3: 5.000" in said and "| 1.000 ± 0.707 |" in said
     document.write_text(said.replace("0.707", "0.0"))
     assert check(monkeypatch, ablation, document) == 1
+
+
+def test_a_check_without_runs_trains_nothing(monkeypatch, tmp_path):
+    import ablation
+    import results
+
+    document = tmp_path / "document.md"
+    document.write_text("# Figures\n")
+    for program in (results, ablation):
+        with pytest.raises(FileNotFoundError):
+            check(monkeypatch, program, document)
+    assert [file.name for file in tmp_path.iterdir()] == ["document.md"]
