@@ -18,6 +18,7 @@ from pathlib import Path
 
 import lxml.etree
 import lxml.html
+from captions import filed_under, label_of
 from PIL import Image
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "demo"))
@@ -62,7 +63,6 @@ PAGES = {
 """Source of documents -> its package, the folder of its pages, and their names."""
 FURNITURE = "navheader navfooter toc note tip warning caution sk-landing-container navbar sidebar related sphinxsidebar footer topmenu"
 LOGOS = re.compile(r"logo|thumb|icon|callouts|_static", re.I)
-ARTICLE = re.compile(r"^(an?|the) ")
 NUMBER = re.compile(r"^(Figure|Table)\s+[\d.]+\s*")
 
 
@@ -78,16 +78,6 @@ class Pair:
     def label(self) -> str:
         """What tells concepts apart, whatever the source."""
         return label_of(self.caption)
-
-
-def label_of(caption: str) -> str:
-    """A caption without category, article and case."""
-    return ARTICLE.sub("", (caption.partition(": ")[2] or caption).lower())
-
-
-def filed_under(name: str) -> str:
-    """The folders of a file as a category: `animals/birds/x.png` under `animals birds`."""
-    return posixpath.dirname(name).replace("/", " ").replace("_", " ").replace("-", " ").lower()
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from captions import category_of
+
 from train.run_dir import RunDir
 
 RUNS = Path("runs/small/seeds")
-CANDIDATES = Path("runs/small/data/heldout/test/candidates.json")
+HELD_OUT = Path("runs/small/data/heldout")
+ALIKE = HELD_OUT / "alike"
 BIN = Path(sys.executable).parent
 STAGES = ("blind", "pretrain")
 FIGURES = {
@@ -56,9 +59,10 @@ def train(seed: int, procs: str) -> None:
         run = RUNS / str(seed) / stage
         overrides = [f"run.seed={seed}", f"run.dir={run}", "track.wandb=false"]
         subprocess.run([BIN / "xc-train", "run", f"configs/small/{stage}.yaml", "--procs", procs, *overrides], check=True)
-    text = RUNS / str(seed) / "pretrain" / "text.json"
-    if not text.exists():
-        subprocess.run([BIN / "xc-compose", "eval", text.parent, "--suite", "text", "-o", text], check=True)
+    for out, suite in (("text.json", ["text"]), ("alike.json", ["captions", "--data", ALIKE])):
+        file = RUNS / str(seed) / "pretrain" / out
+        if not file.exists():
+            subprocess.run([BIN / "xc-compose", "eval", file.parent, "--suite", *suite, "-o", file], check=True)
 
 
 def figures(seeds: list[int]) -> str:
@@ -79,25 +83,24 @@ def of_seed(folder: Path) -> dict[str, str | tuple[float, float | None]]:
     """Each figure with its standard error over pictures, or words."""
     blind, pretrain = (RunDir(folder / stage) for stage in STAGES)
     seeing, control = (json.loads(run.evaluation.read_text())["splits"]["test"] for run in (pretrain, blind))
-    text = json.loads((pretrain.path / "text.json").read_text())["tables"][0]
+    text, alike = (json.loads((pretrain.path / f"{name}.json").read_text())["tables"][0] for name in ("text", "alike"))
+    among_alike = {row["figure"]: (row["value"], row["stderr"]) for row in alike["rows"]}
     found: dict[str, str | tuple[float, float | None]] = {words: (seeing[f], seeing["stderr"][f]) for f, words in FIGURES.items()}
-    found["caption among ten, by guessing among those of the right category"] = category_alone(), None
+    found["caption among ten, by guessing among those of the right category"] = category_alone(HELD_OUT / "test"), None
+    found["caption among ten that are alike"] = among_alike["retrieval_of_10"]
+    found["picture among ten that are alike"] = among_alike["picture_of_10"]
+    found["caption among ten alike, by guessing among those of the right category"] = category_alone(ALIKE), None
     found["of the language model that learnt the same captions and sees no picture"] = control["nll_blind"], control["stderr"]["nll_blind"]
     found["text alone: logits"] = text["notes"][0].removeprefix("Logits ").rstrip(".")
     found["minutes of training"] = pretrain.lived_s() / 60, None
     return found
 
 
-def category_alone() -> float:
+def category_alone(split: Path) -> float:
     """How often a caption is found by someone who sees its category and nothing else."""
-    items = json.loads(CANDIDATES.read_text())["items"]
-    of = [[category(caption) for caption in (item["caption"], *item["candidates"])] for item in items]
+    items = json.loads((split / "candidates.json").read_text())["items"]
+    of = [[category_of(caption) for caption in (item["caption"], *item["candidates"])] for item in items]
     return statistics.mean(1 / candidates.count(right) for right, *candidates in of)
-
-
-def category(caption: str) -> str:
-    """Where its source files a picture."""
-    return caption.partition(": ")[0]
 
 
 def samples(seed: int) -> str:

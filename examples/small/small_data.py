@@ -20,8 +20,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from captions import category_of, label_of
 from conversations import Sample, of_composition, of_documents, of_pairs, webp
-from packages import Document, Figure, Pair, label_of, read_documents, read_pairs
+from packages import Document, Figure, Pair, read_documents, read_pairs
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "demo"))
 from build import rank, read_shards, write_shards
@@ -33,7 +34,9 @@ HELD_OUT_DOCUMENTS = 80
 CANDIDATES = 10
 TRAINING = ("pairs", "captions", "documents", "sft", "compose")
 DOCUMENTS = "heldout/documents"
-HELD_OUT_SOURCES = ("heldout/validation", "heldout/test", "heldout/text", DOCUMENTS)
+ALIKE = "alike"
+"""The test half once more, with candidates that look alike."""
+HELD_OUT_SOURCES = ("heldout/validation", "heldout/test", f"heldout/{ALIKE}", "heldout/text", DOCUMENTS)
 PER_SHARD = 1000
 
 
@@ -99,15 +102,26 @@ def unseen_paragraphs(held_out: Iterable[Document], training: Iterable[Document]
 
 
 def candidates(half: str, pairs: list[Pair]) -> list[dict]:
-    """For each picture ten captions of the half, one of them right, and a picture of another caption."""
+    """For each picture ten captions of the half, one of them right, and a picture of another caption.
+
+    `alike` first takes captions of its category, then those whose category begins with the same word: knowing the category finds few.
+    """
     captions = {pair.key: pair.caption for pair in pairs}
     items = []
     for key, caption in sorted(captions.items()):
-        others = sorted(set(captions.values()) - {caption}, key=lambda c: rank(half, key, "caption", c))
+        others = sorted(
+            set(captions.values()) - {caption}, key=lambda c: (far(caption, c) if half == ALIKE else 0, rank(half, key, "caption", c))
+        )
         choices = sorted([caption, *others[: CANDIDATES - 1]], key=lambda c: rank(half, key, "order", c))
         wrong = min((k for k in captions if captions[k] != caption), key=lambda k: rank(half, key, "image", k))
         items.append({"key": key, "caption": caption, "wrong_image": wrong, "candidates": choices, "answer": choices.index(caption)})
     return items
+
+
+def far(caption: str, other: str) -> int:
+    """0: of the same category, 1: of categories that begin alike (`animal bird`, `animal bug`), 2: otherwise."""
+    of, other_of = category_of(caption), category_of(other)
+    return 0 if of == other_of else 1 if of.split()[:1] == other_of.split()[:1] else 2
 
 
 # Samples
@@ -193,7 +207,7 @@ def build(packages: Path, out: Path) -> None:
     write_shards(partial / "heldout" / "text" / "%06d.tar", paragraphs)
     captioned = [d for d in unseen if all(f.caption for f in d.figures)]  # else xc-compose eval takes the next line for a caption
     write_shards(partial / DOCUMENTS / "%06d.tar", map(document_sample, captioned))
-    for half, pairs in held_out.items():
+    for half, pairs in {**held_out, ALIKE: held_out["test"]}.items():
         folder = partial / "heldout" / half
         write_shards(folder / "%06d.tar", pair_samples(sorted(pairs, key=lambda p: rank("pairs", p.key))))
         (folder / "candidates.json").write_text(json.dumps({"split": half, "items": candidates(half, pairs)}, ensure_ascii=False, indent=1))

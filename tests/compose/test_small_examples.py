@@ -56,6 +56,16 @@ def test_pairs_that_share_a_label_or_a_picture_stay_on_one_side():
             assert item["candidates"][item["answer"]] == item["caption"]
 
 
+def test_candidates_that_are_alike_come_from_the_category_first_and_then_from_its_neighbours():
+    from packages import Pair
+    from small_data import ALIKE, candidates
+
+    captions = ["animal bird: owl", "animal bird: hen", "animal bug: ant", *(f"tool: {i}" for i in range(20))]
+    owl = candidates(ALIKE, [Pair(str(i), caption, drawing(i)) for i, caption in enumerate(captions)])[0]
+    assert len(owl["candidates"]) == 10 and {"animal bird: hen", "animal bug: ant"} < set(owl["candidates"])
+    assert owl["candidates"][owl["answer"]] == owl["caption"] == "animal bird: owl"
+
+
 def test_held_out_pages_share_no_picture_caption_or_paragraph_with_training(monkeypatch):
     from packages import Document, Figure, Pair
     from small_data import split_documents, unseen_paragraphs

@@ -27,16 +27,19 @@ def lived(run: Path, seconds: int) -> None:
 
 def write_seed(seed: int) -> None:
     """Figures that tell seeds apart, where results.py finds them."""
-    from results import CANDIDATES, FIGURES, RUNS
+    from results import ALIKE, FIGURES, HELD_OUT, RUNS
 
     item = {"caption": "tool: saw", "candidates": ["tool: saw", "animal: bull", "tool: axe", "plant: oak"]}
-    write(CANDIDATES, {"items": [item, {**item, "caption": "plant: oak"}]})
+    for half in (HELD_OUT / "test", ALIKE):
+        write(half / "candidates.json", {"items": [item, {**item, "caption": "plant: oak"}]})
     split = dict.fromkeys(FIGURES, 0.5 + seed / 100) | {"nll_blind": 4.0}
     sample = {"key": "k|1", "reference": "a saw", "generated": "a saw", "generated_right": True, "retrieved": "a bull"}
     split |= {"stderr": dict.fromkeys(split, 0.02), "samples": [sample | {"retrieved_right": False}]}
     for stage in ("blind", "pretrain"):
         write(RUNS / str(seed) / stage / "evaluation.json", {"splits": {"test": split}})
     write(RUNS / str(seed) / "pretrain" / "text.json", {"tables": [{"notes": ["Logits are the same."]}]})
+    rows = [{"figure": f, "value": 0.3, "stderr": 0.02} for f in ("retrieval_of_10", "picture_of_10")]
+    write(RUNS / str(seed) / "pretrain" / "alike.json", {"tables": [{"rows": rows}]})
     lived(RUNS / str(seed) / "pretrain", 600)
 
 
@@ -55,6 +58,7 @@ def test_the_check_of_results_fails_where_the_document_says_something_else(monke
     assert check(monkeypatch, results, document) == 0
     said = document.read_text()
     assert "| 0.500 ± 0.020 | 0.510 ± 0.020 | **0.505** |" in said and "| 10.000 | 10.000 | **10.000** |" in said
+    assert "| caption among ten that are alike | 0.300 ± 0.020 | 0.300 ± 0.020 | **0.300** |" in said
     assert "by guessing among those of the right category | 0.750 | 0.750 | **0.750** |" in said
     assert "| k/1 | a saw | **a saw** | a bull |" in said
     document.write_text(said.replace("0.510", "0.610"))
