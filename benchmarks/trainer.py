@@ -46,6 +46,8 @@ PARTS = ("mid", "demo", "stall")
 ASKED = {"mid": "overhead_mid", "demo": "overhead_demo_ms", "stall": "checkpoint_stall_share"}
 AROUND = 20
 """Steps around a save whose time counts."""
+MID_TOKENS = 6810
+"""Of a step: as many as the samples of benchmarks/step.py have, at every scale, since what the trainer adds grows with weights alone."""
 
 Rounds = dict[str, list[float]]
 """What each figure was in each round."""
@@ -112,8 +114,11 @@ def settings(folder: Path, name: str, part: str, scale: int, quick: bool, steps:
     if part != "demo" and not quick:
         decoder = {"vocab": 32000 // scale, "hidden": 1024, "layers": 8 // scale, "heads": 16, "kv_heads": 8, "ffn": 4096}
         content["model"] = {"decoder": decoder}
-        content["data"] |= {"context": 1024 if part == "mid" else 256, "window": 400, "global_batch": 1, "micro_packs": 1}
+        content["data"] |= {"context": 256, "window": 400, "global_batch": 1, "micro_packs": 1}
         content["track"] = {"every": 5}
+    if part == "mid" and not quick:
+        content["data"] |= {"context": MID_TOKENS, "window": 4000, "images_per_pack": 1024, "segments_per_pack": 1024}
+        content["track"] = {"every": 2}
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
     return configure.load(folder / f"{name}.yaml")
 

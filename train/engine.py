@@ -14,6 +14,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import compiler
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor, nn
@@ -61,6 +62,8 @@ def _settings(config: Config, model: nn.Module, ranks: Ranks, dtype: torch.dtype
 
 def _zero_json(engine: DeepSpeedConfig, trainable: int) -> dict[str, Any]:
     settings: dict[str, Any] = {"stage": engine.stage, "reduce_bucket_size": min(trainable, REDUCE_BUCKET)}
+    if engine.stage < 3 and get_accelerator().device_name() == "cpu":  # two copies of each gradient fewer; only a GPU wants one buffer
+        settings["contiguous_gradients"] = False
     offload, zero_pp = engine.offload, engine.zero_pp
     for name, to in (("offload_optimizer", offload.optimizer), ("offload_param", offload.parameters)):
         if to is not OffloadTo.none:

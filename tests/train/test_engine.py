@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from train.config import Config, DeepSpeedConfig, OffloadConfig, OffloadTo, ZeroPPConfig
 from train.engine import engine_json
+
+ON_THIS_DEVICE = {"contiguous_gradients": False} if get_accelerator().device_name() == "cpu" else {}
 
 
 def settings(**engine):
@@ -15,7 +18,7 @@ def settings(**engine):
 
 def test_by_default_nothing_is_offloaded_and_batches_are_counted_as_deepspeed_counts_them():
     made = settings()
-    assert made["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
+    assert made["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000} | ON_THIS_DEVICE
     assert (made["train_batch_size"], made["gradient_accumulation_steps"]) == (8, 2)
     assert made["data_types"]["grad_accum_dtype"] == "fp32"
 
@@ -33,5 +36,5 @@ def test_offload_and_zero_pp_are_what_deepspeed_understands(device):
 
 def test_extra_overrides_one_key_of_a_section_and_leaves_the_others():
     made = settings(stage=1, extra={"zero_optimization": {"allgather_bucket_size": 7, "stage": 2}, "wall_clock_breakdown": True})
-    assert made["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000, "allgather_bucket_size": 7}
+    assert made["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000, "allgather_bucket_size": 7} | ON_THIS_DEVICE
     assert made["wall_clock_breakdown"] is True
