@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from results import BIN, marked
+from results import BIN, HELD_OUT, marked
 from results import RUNS as SEEDS
 
 from train import configure
@@ -32,7 +32,6 @@ RATES = {
 }
 """Learning rates that are tried, by arm."""
 TUNING_EPOCHS = "0.5"
-HELD_OUT = Path("runs/small/data/heldout")
 SUITES = {"captions": ("--data", HELD_OUT / "test"), "text": ()}
 COLUMNS = {
     ("captions", "nll_right"): "nats a token of a caption",
