@@ -257,7 +257,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     size = size_of(args.quick, args.scale)
     parts = args.parts or [part for part in PARTS if part != "bf16" or cpu_has_bf16() or args.quick]
-    if "bf16" not in parts:
+    if not args.parts and "bf16" not in parts:
         print("bf16 was not measured: this processor has no bf16 products (--parts bf16 measures it all the same)")
     measure: dict[str, Callable[[], Rounds]] = {
         "memory": lambda: memory_ratio(size),
