@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from results import BIN, HELD_OUT, marked
+from results import BIN, HELD_OUT, exit_with, marked, printed
 from results import RUNS as SEEDS
 
 from train import configure
@@ -54,13 +54,7 @@ def main() -> int:
         for seed in arguments.seeds:
             for arm in RATES:
                 measure(arm, seed, arguments.procs)
-    said = arguments.check.read_text() if arguments.check else ""
-    for table in (tuning_table(), outcome_table(arguments.seeds)):
-        print(f"\n{table}")
-        if arguments.check and table not in said:
-            print(f"error: {arguments.check} does not hold this table (put it there)", file=sys.stderr)
-            return 1
-    return 0
+    return printed((tuning_table(), outcome_table(arguments.seeds)), arguments.check)
 
 
 def tune(arm: str, rate: str, procs: int) -> None:
@@ -152,10 +146,4 @@ def _spread(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except FileNotFoundError as error:
-        print(
-            f"error: no {error.filename} (make small-data, then the same command without --check, writes what is measured)", file=sys.stderr
-        )
-        sys.exit(2)
+    exit_with(main)

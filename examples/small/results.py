@@ -13,6 +13,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from captions import category_of
@@ -44,13 +45,29 @@ def main() -> int:
     if arguments.check is None:
         for seed in arguments.seeds:
             train(seed, arguments.procs)
-    said = arguments.check.read_text() if arguments.check else ""
-    for table in (figures(arguments.seeds), samples(arguments.seeds[0])):
+    return printed((figures(arguments.seeds), samples(arguments.seeds[0])), arguments.check)
+
+
+def printed(tables: Iterable[str], document: Path | None) -> int:
+    """Prints tables; 1 if there is a document that does not hold one of them, else 0."""
+    said = document.read_text() if document else ""
+    for table in tables:
         print(f"\n{table}")
-        if arguments.check and table not in said:
-            print(f"error: {arguments.check} does not hold this table (put it there)", file=sys.stderr)
+        if document and table not in said:
+            print(f"error: {document} does not hold this table (put it there)", file=sys.stderr)
             return 1
     return 0
+
+
+def exit_with(program: Callable[[], int]) -> None:
+    """Ends the process with the program's exit code; a file that is not there is said in one line."""
+    try:
+        sys.exit(program())
+    except FileNotFoundError as error:
+        print(
+            f"error: no {error.filename} (make small-data, then the same command without --check, writes what is measured)", file=sys.stderr
+        )
+        sys.exit(2)
 
 
 def train(seed: int, procs: str) -> None:
@@ -119,10 +136,4 @@ def marked(words: str, right: bool) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except FileNotFoundError as error:
-        print(
-            f"error: no {error.filename} (make small-data, then the same command without --check, writes what is measured)", file=sys.stderr
-        )
-        sys.exit(2)
+    exit_with(main)

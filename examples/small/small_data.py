@@ -35,7 +35,7 @@ CANDIDATES = 10
 TRAINING = ("pairs", "captions", "documents", "sft", "compose")
 DOCUMENTS = "heldout/documents"
 ALIKE = "alike"
-"""The test half once more, with candidates that look alike."""
+"""The test half once more, with candidates of like categories."""
 HELD_OUT_SOURCES = ("heldout/validation", "heldout/test", f"heldout/{ALIKE}", "heldout/text", DOCUMENTS)
 PER_SHARD = 1000
 
