@@ -47,10 +47,10 @@ class Scores:
         """Nats a token."""
         return float(self.nll.sum() / self.tokens.sum())
 
-    def stderr(self) -> float:
-        """Standard error of `mean` over pictures (a ratio of sums, by the delta method)."""
+    def stderr(self, of: Sequence[str] | None = None) -> float:
+        """Standard error of `mean` (a ratio of sums, by the delta method); `of` as that of `share_stderr`."""
         residuals = self.nll - self.mean() * self.tokens
-        return float(np.sqrt((residuals**2).sum()) / self.tokens.sum())
+        return float(np.sqrt((_by_concept(residuals, of) ** 2).sum()) / self.tokens.sum())
 
 
 def evaluate_run(run_dir: Path) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Scorer:
         items, pixels = self._read_split(name, folder)
         captions = [item["caption"] for item in items]
         blind = self.score([self._segment(caption, None) for caption in captions])
-        figures: dict[str, Any] = {"pictures": len(items), "nll_blind": blind.mean(), "stderr": {"nll_blind": blind.stderr()}}
+        figures: dict[str, Any] = {"pictures": len(items), "nll_blind": blind.mean(), "stderr": {"nll_blind": blind.stderr(captions)}}
         if self.config.run.stage is Stage.language:
             return figures
         right = self.score([self._segment(item["caption"], pixels[item["key"]]) for item in items])
@@ -113,13 +113,13 @@ class Scorer:
             "greedy_exact": float(exact.mean()),
         }
         figures["stderr"] |= {
-            "nll_right": right.stderr(),
-            "nll_wrong": wrong.stderr(),
-            "wrong_minus_right": sees.stderr(),
-            "blind_minus_right": helps.stderr(),
-            "retrieval_of_10": share_stderr(hits),
-            "picture_of_10": share_stderr(found),
-            "greedy_exact": share_stderr(exact),
+            "nll_right": right.stderr(captions),
+            "nll_wrong": wrong.stderr(captions),
+            "wrong_minus_right": sees.stderr(captions),
+            "blind_minus_right": helps.stderr(captions),
+            "retrieval_of_10": share_stderr(hits, captions),
+            "picture_of_10": share_stderr(found, captions),
+            "greedy_exact": share_stderr(exact, captions),
         }
         by_hash = sorted(range(len(items)), key=lambda i: _by_hash(items[i]))
         figures["samples"] = [
@@ -302,10 +302,18 @@ def _by_hash(item: dict[str, Any]) -> bytes:
     return hashlib.sha256(item["key"].encode()).digest()
 
 
-def share_stderr(hits: np.ndarray) -> float:
-    """Standard error of a share of hits."""
-    share = float(hits.mean())
-    return math.sqrt(share * (1 - share) / len(hits))
+def share_stderr(hits: np.ndarray, of: Sequence[str] | None = None) -> float:
+    """Standard error of a share of hits.
+
+    `of`: the concept of each; pictures of one concept hit and miss together, so that their errors are added before they are squared.
+    """
+    return float(np.sqrt((_by_concept(hits - hits.mean(), of) ** 2).sum())) / len(hits)
+
+
+def _by_concept(residuals: np.ndarray, of: Sequence[str] | None) -> np.ndarray:
+    if of is None:
+        return residuals
+    return np.bincount(np.unique(of, return_inverse=True)[1], weights=residuals)
 
 
 def _plora_b_norm(model: XComposer2) -> float:

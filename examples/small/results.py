@@ -97,7 +97,7 @@ def figures(seeds: list[int]) -> str:
 
 
 def of_seed(folder: Path) -> dict[str, str | tuple[float, float | None]]:
-    """Each figure with its standard error over pictures, or words."""
+    """Each figure with its standard error over concepts, or words."""
     blind, pretrain = (RunDir(folder / stage) for stage in STAGES)
     seeing, control = (json.loads(run.evaluation.read_text())["splits"]["test"] for run in (pretrain, blind))
     text, alike = (json.loads((pretrain.path / f"{name}.json").read_text())["tables"][0] for name in ("text", "alike"))

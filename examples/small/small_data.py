@@ -1,7 +1,7 @@
 """Builds and indexes the small model's data: pairs, documents, conversations, and a held-out split.
 
-Invariant: a pure function of the pinned packages; no caption and no picture of what is held out is on the training side, and the shards
-are read back to check it.
+Invariant: a pure function of the pinned packages; no caption and no picture of what is held out is on the training side, nor a caption
+that differs by number, colour, side or size alone; the shards are read back to check it.
 
     make small-data        (or: python examples/small/small_data.py --tokenizer runs/small/weights/smollm2)
 """
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from captions import category_of, label_of
+from captions import category_of, label_of, thing_of
 from conversations import Sample, of_composition, of_documents, of_pairs, webp
 from packages import Document, Figure, Pair, read_documents, read_pairs
 
@@ -29,7 +29,7 @@ from build import rank, read_shards, write_shards
 from PIL import Image
 
 HELD_OUT = 400
-"""Pairs in each half, about; a concept is never cut."""
+"""Pairs drawn for each half, about; a concept is never cut."""
 HELD_OUT_DOCUMENTS = 80
 CANDIDATES = 10
 TRAINING = ("pairs", "captions", "documents", "sft", "compose")
@@ -63,7 +63,10 @@ def concepts(pairs: Iterable[Pair]) -> list[list[Pair]]:
 
 
 def split(pairs: Iterable[Pair], documents: Iterable[Document] = ()) -> tuple[list[Pair], dict[str, list[Pair]]]:
-    """Training pairs, and the held-out halves: concepts by the hash of their first key, of at most four pairs and in no document."""
+    """Training pairs, and the held-out halves: concepts by the hash of their first key, of at most four pairs and in no document.
+
+    Of the halves those are left out that training shows in another colour, number, side or size.
+    """
     told: set[str | bytes] = set()
     for document in documents:
         told |= _marks((f.image, f.caption) for f in document.figures) | {p.lower() for p in document.paragraphs}
@@ -74,6 +77,8 @@ def split(pairs: Iterable[Pair], documents: Iterable[Document] = ()) -> tuple[li
         half = next((h for h in held_out.values() if len(h) < HELD_OUT), None)
         unseen = len(group) <= 4 and not told & _marks((p.image, p.label) for p in group)
         (half if half is not None and unseen else training).extend(group)
+    shown = {thing_of(pair.caption) for pair in training}
+    held_out = {half: [pair for pair in chosen if thing_of(pair.caption) not in shown] for half, chosen in held_out.items()}
     return sorted(training, key=lambda p: rank("pairs", p.key)), held_out
 
 
@@ -177,13 +182,13 @@ def check(out: Path, figure_captions: set[str]) -> None:
 
 
 def _content(out: Path, folders: Iterable[str]) -> tuple[set[str], set[bytes]]:
-    """All texts in lower case, of pairs their labels too, and the thumbs of all pictures."""
+    """All texts in lower case, of pairs their labels and things too, and the thumbs of all pictures."""
     texts, pictures = set(), set()
     for sample in (s for folder in folders for s in read_shards(out / folder / "*.tar")):
         pictures |= {thumb(Image.open(io.BytesIO(v))) for k, v in sample.items() if k.endswith("webp")}
         value = json.loads(sample.get("json", b"{}"))
         if "txt" in sample and "webp" in sample:
-            texts.add(label_of(sample["txt"].decode()))
+            texts |= {label_of(sample["txt"].decode()), f"pair: {thing_of(sample['txt'].decode())}"}
         turns = [t["value"] for t in value.get("conversations", [])]
         texts |= {t.lower() for t in (sample.get("txt", b"").decode(), *value.get("texts", []), *turns) if t}
     return texts, pictures

@@ -14,7 +14,7 @@ from data_pipeline.read.images import Picture
 from data_pipeline.text.tokenizer import Tokenizer
 from train import configure
 from train.config import Config
-from train.evaluate import Scorer, Scores
+from train.evaluate import Scorer, Scores, share_stderr
 from train.generate import greedy_captions
 from train.model.xcomposer2 import XComposer2
 
@@ -87,6 +87,19 @@ def test_the_standard_error_is_that_of_resampled_pictures():
     draws = rng.integers(0, 400, (4000, 400))
     bootstrap = (nll[draws].sum(1) / tokens[draws].sum(1)).std()
     assert scores.stderr() == pytest.approx(bootstrap, rel=0.05)
+
+
+def test_pictures_of_one_concept_count_together_in_a_standard_error():
+    rng = np.random.default_rng(0)
+    concept = np.sort(rng.integers(0, 130, 400))
+    tokens = 3 + concept % 7
+    nll = (rng.gamma(2.0, 1.0, 130)[concept] + rng.gamma(2.0, 0.2, 400)) * tokens
+    hits = rng.random(130)[concept] + 0.1 * rng.standard_normal(400) > 0.5
+    of, members = [str(c) for c in concept], [np.flatnonzero(concept == c) for c in np.unique(concept)]
+    draws = [np.concatenate([members[c] for c in rng.integers(0, len(members), len(members))]) for _ in range(4000)]
+    assert Scores(nll, tokens).stderr(of) == pytest.approx(np.std([nll[d].sum() / tokens[d].sum() for d in draws]), rel=0.05)
+    assert share_stderr(hits, of) == pytest.approx(np.std([hits[d].mean() for d in draws]), rel=0.05)
+    assert share_stderr(hits, of) > 1.4 * share_stderr(hits), "as if each told something of its own"
 
 
 def test_held_out_data_of_another_tokenizer_or_without_its_pictures_is_refused(scorer, demo, tmp_path):
