@@ -64,7 +64,7 @@ def begin(job_dir: JobDir, settings: SlurmConfig, job: str) -> int:
         return _give_up(job_dir, settings, MUTE)
     if attempts and attempts[-1]["event"] == "begin":
         print(f"the life before {MUTE}", file=sys.stderr)
-    run.outcome.unlink(missing_ok=True)
+    run.forget_outcome()
     nodes, restart = os.environ.get("SLURM_JOB_NODELIST", ""), int(os.environ.get("SLURM_RESTART_COUNT", 0))
     _note(job_dir, "begin", job, checkpoint=newest, restart=restart, nodes=nodes, life=run.life())
     return EXIT_DONE

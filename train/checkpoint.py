@@ -137,15 +137,15 @@ class Writer:
         return f"cannot write checkpoint {self._run.checkpoints / name}: {reason} ({cure})"
 
 
-def find(run: RunDir, ranks: Ranks) -> Path | None:
+def find(run: RunDir, ranks: Ranks, say: Callable[[str], None]) -> Path | None:
     """The newest complete checkpoint; rank 0 looks and tells the others, so that a file is hashed once.
 
-    What an earlier life could not finish is removed.
+    What an earlier life could not finish is removed. `say` tells the user what is passed over, and why.
     """
     if ranks.rank == 0:
         for partial in run.checkpoints.glob(".*.partial"):
             shutil.rmtree(partial)
-    name = ranks.share(_newest_complete(run) if ranks.rank == 0 else None)
+    name = ranks.share(_newest_complete(run, say) if ranks.rank == 0 else None)
     return run.checkpoints / name if name else None
 
 
@@ -162,13 +162,16 @@ def read_state(folder: Path) -> TrainState:
     return TrainState(**{**fields, **plan})
 
 
-def load(folder: Path, engine: Engine, ranks: Ranks, state: TrainState, run: RunDir) -> None:
-    """Puts weights, optimizer and random state of a checkpoint in place, of another number of ranks too."""
+def load(folder: Path, engine: Engine, ranks: Ranks, state: TrainState, run: RunDir, alive: Callable[[], None]) -> None:
+    """Puts weights, optimizer and random state of a checkpoint in place, of another number of ranks too.
+
+    `alive` is called while a conversion for these ranks gets on.
+    """
     if state.world != ranks.world:
         if reshape.is_whole(state.zero_stage, state.dtype):
             engine.load(folder.parent, folder.name)
         else:
-            copy = reshape.converted(folder, run, ranks)
+            copy = reshape.converted(folder, run, ranks, alive)
             engine.load(copy.parent, copy.name)
             ranks.barrier()
             if ranks.rank == 0:
@@ -247,12 +250,12 @@ def is_good(folder: Path) -> bool:
     return state is not None and not state["guard"].get("in_a_row")
 
 
-def _newest_complete(run: RunDir) -> str | None:
+def _newest_complete(run: RunDir, say: Callable[[str], None]) -> str | None:
     for folder in newest_first(run):
         found = problem(folder)
         if found is None:
             return folder.name
-        print(f"passed over checkpoint {folder.name}: {found}", flush=True)
+        say(f"passed over checkpoint {folder.name}: {found}")
     return None
 
 
@@ -260,17 +263,20 @@ def problem(folder: Path) -> str | None:
     """Why a checkpoint cannot be trusted, or None."""
     try:
         manifest = read_json(folder / "manifest.json")
-    except ValueError:
+        if manifest is None:
+            return "no manifest.json"
+        facts = [(name, int(of["size"]), str(of["sha256"])) for name, of in manifest.items()]
+    except (ValueError, KeyError, TypeError, AttributeError):  # a flipped bit may leave JSON that says something else
         return "manifest.json is damaged"
-    if manifest is None:
-        return "no manifest.json"
-    for name, facts in manifest.items():
+    if "state.json" not in manifest:
+        return "manifest.json is damaged"
+    for name, size, digest in facts:
         path = folder / name
         if not path.exists():
             return f"{name} is missing"
-        if path.stat().st_size != facts["size"]:
-            return f"{name} has {path.stat().st_size} bytes, not {facts['size']}"
-        if file_digest(path) != facts["sha256"]:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, not {size}"
+        if file_digest(path) != digest:
             return f"{name} is damaged"
     return None
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from data_pipeline.command_line import command_line, parse
 from data_pipeline.errors import EXIT_DONE, UserError
 from train.config import Config
+from train.run_dir import RunDir, write_atomic
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="write summary.json and report.html of runs", description=_REPORT)
     report.add_argument("folder", type=Path, help="a run directory, or a folder of run directories (the stages of one model)")
+    report.add_argument("-o", "--output", type=Path, metavar="FILE.html", help="the page (default: report.html in the folder)")
     report.set_defaults(run=_report)
 
     export = commands.add_parser(
@@ -60,7 +62,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist")
     export.set_defaults(run=_export)
 
-    prepare = commands.add_parser("prepare", help="compile what DeepSpeed needs, once a machine", description=_PREPARE)
+    prepare = commands.add_parser(
+        "prepare",
+        help="compile what DeepSpeed needs, once a machine; make a run directory for torchrun",
+        description=_PREPARE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    prepare.add_argument("what", nargs="*", metavar="CONFIG | key=value", help="the YAML file of a stage; then overrides")
     prepare.set_defaults(run=_prepare)
     return parser
 
@@ -90,12 +98,18 @@ shards with their index, tokenizer, config.json (its auto_map names the official
 It says whether the frozen language model is bitwise what the stage began from, and where PLoRA's rank or scale are not what engines
 take for granted. The folder can be given as run.init_from again, bitwise (docs/weights.md)."""
 _PREPARE = """Compiles DeepSpeed's CPU communication kernel, once an environment: about a minute, with g++ and ninja, no CUDA compiler.
-xc-train run does it where it is missing; installers call it so that the minute is paid where it is seen. Nothing to do on GPUs."""
+xc-train run does it where it is missing; installers call it so that the minute is paid where it is seen. Nothing to do on GPUs.
+
+With a CONFIG it also checks the stage and makes its run directory, for ranks that something else than xc-train or xc-slurm starts:
+
+  xc-train prepare configs/demo/2_pretrain.yaml
+  torchrun --nproc-per-node 2 -m train.rank runs/demo/pretrain; xc-train evaluate runs/demo/pretrain
+
+How such a life ended is in RUN/outcome.json: torchrun makes 1 of every code."""
 
 
 def _run(args: argparse.Namespace) -> int:
     from train import configure
-    from train.run_dir import RunDir, write_atomic
 
     paths = [w for w in args.what if "=" not in w]
     overrides = [w for w in args.what if "=" in w]
@@ -117,10 +131,8 @@ def _run(args: argparse.Namespace) -> int:
     if not prepared():
         prepare_deepspeed()
     for config in configs:
-        run = RunDir(config.run.dir)
-        run.create()
+        run = _made(config)
         if not (run.final / "manifest.json").exists():
-            write_atomic(run.config, configure.to_yaml(config).encode())
             code = run_stage(config, procs)
             if code != EXIT_DONE:
                 return code
@@ -156,7 +168,6 @@ def _check_stage(config: Config, earlier: list[str]) -> None:
     from data_pipeline.opened import open_data
     from data_pipeline.shards.source import ShardSource
     from train import configure
-    from train.run_dir import RunDir
 
     data = open_data(config.data, config.run.seed, config.train.steps)
     rows, words = config.model.decoder.vocab, data.tokenizer.size
@@ -208,7 +219,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from train.report.build import write_report
 
-    page = write_report(args.folder)
+    page = write_report(args.folder, args.output)
     print(f"open {page.resolve()}")
     return EXIT_DONE
 
@@ -221,10 +232,31 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> int:
+    from train import configure
     from train.extensions import prepare_deepspeed
 
+    paths = [w for w in args.what if "=" not in w]
+    if len(paths) > 1 or (args.what and not paths):
+        raise UserError(
+            f"xc-train prepare takes one CONFIG, not {len(paths)} (prepare stages one by one, each when the one before is done)"
+        )
     prepare_deepspeed()
+    for path in paths:
+        config = configure.load(path, [w for w in args.what if "=" in w])
+        _check_stage(config, earlier=[])
+        print(f"next: torchrun --nproc-per-node N -m train.rank {_made(config).path}")
     return EXIT_DONE
+
+
+def _made(config: Config) -> RunDir:
+    """The run directory of a checked stage, with the config in it; that of a finished one stays as it is."""
+    from train import configure
+
+    run = RunDir(config.run.dir)
+    run.create()
+    if not (run.final / "manifest.json").exists():
+        write_atomic(run.config, configure.to_yaml(config).encode())
+    return run
 
 
 if __name__ == "__main__":

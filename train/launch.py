@@ -42,8 +42,7 @@ def run_stage(config: Config, procs: int) -> int:
 
 def _live(config: Config, run: RunDir, procs: int) -> tuple[dict[str, Any], bool]:
     """One life: its outcome, and whether another one is to follow at once."""
-    run.outcome.unlink(missing_ok=True)
-    run.hang.unlink(missing_ok=True)
+    run.forget_outcome()
     lives_before = run.life()
     ranks = [_start(run, rank, procs, port) for port in [free_port()] for rank in range(procs)]
     code, asked_to_stop = _watch(ranks, run, config.watchdog)

@@ -6,6 +6,7 @@ state that is saved is that of the last step that was done.
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -86,24 +87,24 @@ class Counts(NamedTuple):
 
 def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: Terminal, watchdog: Watchdog) -> Ending:
     """One life of a stage: from the newest checkpoint, or the start, to the end or a stop request."""
-    stop, save = StopRequest(run), SaveRequest(run, ranks.rank)
     torch.manual_seed(config.run.seed * 1_000_003 + ranks.rank)
     torch.use_deterministic_algorithms(config.run.deterministic)
 
     group = SequenceGroup.join(ranks.rank, configure.data_parallel(config, ranks.world), config.parallel.sequence)
-    folder = checkpoint.find(run, ranks)
+    folder = checkpoint.find(run, ranks, terminal.say)
     data, saved, change = _open_data(config, checkpoint.read_state(folder) if folder else None)
     built = build_model(config, device, ranks)
     built.model.share_tokens(group.group)
     reshaped = saved is not None and saved.world != ranks.world and not reshape.is_whole(saved.zero_stage, saved.dtype)
     engine = Engine(config, built.model, optim.adamw(built.trained, built.model, config.train), ranks, device.dtype, universal=reshaped)
-    state, resumed = _resume(config, run, ranks, device, data, engine, folder, saved)
+    state, resumed = _resume(config, run, ranks, device, data, engine, folder, saved, lambda: watchdog.beat(0, "start"))
     reporter = Reporter(config, run, ranks, terminal, peak_flops(device.name))
-    figures = Figures(config, data, optim.highest_scales(built.trained), run.lived_s())
+    figures = Figures(config, data, optim.highest_scales(built.trained), run.lived_s() + time.time() - watchdog.began)
     if ranks.rank == 0:
         begins = f"resumed from step {state.step}" if resumed else "started"
         about = f"{config.run.name}: {begins}, {ranks.world} ranks, ZeRO-{config.deepspeed.stage}, {device.dtype} ({device.reason})"
         life = run.begin_life(
+            began=watchdog.began,
             resumed_from=state.step if resumed else None,
             world=ranks.world,
             sequence=group.size,
@@ -121,6 +122,7 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
     heaviest = part_of(heaviest_batch(config.data, with_images), group.rank, group.size, config.data.images.tokens)
     rehearse(engine, heaviest, device.torch_device)
 
+    stop, save = StopRequest(run), SaveRequest(run, ranks.rank)  # until here, a request ended the process at once
     loader = Loader(
         config.data,
         data,
@@ -257,7 +259,15 @@ def _open_data(config: Config, saved: TrainState | None) -> tuple[Data, TrainSta
 
 
 def _resume(
-    config: Config, run: RunDir, ranks: Ranks, device: Device, data: Data, engine: Engine, folder: Path | None, saved: TrainState | None
+    config: Config,
+    run: RunDir,
+    ranks: Ranks,
+    device: Device,
+    data: Data,
+    engine: Engine,
+    folder: Path | None,
+    saved: TrainState | None,
+    alive: Callable[[], None],
 ) -> tuple[TrainState, bool]:
     """The state to go on from, and whether it is that of a checkpoint."""
     start = TrainState(
@@ -279,7 +289,7 @@ def _resume(
             copy_index_damage(run.path, {s.name: s.damaged for s in data.sources})
         return start, False
     checkpoint.require_same(saved, start, folder)
-    checkpoint.load(folder, engine, ranks, saved, run)
+    checkpoint.load(folder, engine, ranks, saved, run, alive)
     return replace(saved, world=ranks.world, zero_stage=config.deepspeed.stage), True
 
 

@@ -9,25 +9,46 @@ import gc
 import os
 import sys
 import traceback
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data_pipeline.errors import EXIT_CRASH, EXIT_USER, TryAgainError, UserError
 from data_pipeline.processes import end_with_parent, keep_freed_memory
 from train import configure
+from train.launch import own
 from train.run_dir import RunDir, read_json
 from train.signals import leave_when_asked
+from train.watchdog import Watchdog
 
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 """What the user mends by making room."""
+TORCHRUN = "TORCHELASTIC_RUN_ID"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     (run_dir,) = sys.argv[1:] if argv is None else argv
     end_with_parent()  # nobody would watch it, and its run directory is free to others
-    sys.exit(run_rank(Path(run_dir)))
+    with _owned(Path(run_dir)):
+        sys.exit(run_rank(Path(run_dir)))
+
+
+@contextmanager
+def _owned(run_dir: Path) -> Iterator[None]:
+    """Under torchrun, rank 0 does what `xc-train run` and a job script do before they start ranks: nobody else is there to do it."""
+    if TORCHRUN not in os.environ or int(os.environ["RANK"]) != 0:
+        yield
+        return
+    run = RunDir(run_dir)
+    try:
+        with own(run):
+            run.forget_outcome()
+            run.stop_file.unlink(missing_ok=True)
+            yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 def run_rank(run_dir: Path) -> int:
@@ -37,6 +58,8 @@ def run_rank(run_dir: Path) -> int:
     lives_before = run.life()
     rank = int(os.environ.get("RANK", 0))
     terminal = _redirect_output(run, rank)
+    config = configure.read_resolved(run.path)
+    watchdog = Watchdog(config.watchdog, run, rank, int(os.environ.get("WORLD_SIZE", 1)))
 
     gc.disable()  # imports make what stays: to look for garbage among it takes a sixth of a rank's start
     import torch.distributed as dist
@@ -48,13 +71,10 @@ def run_rank(run_dir: Path) -> int:
     from train.loop import train
     from train.ranks import join
     from train.tracking.terminal import Terminal
-    from train.watchdog import Watchdog
 
     gc.freeze()
     gc.enable()
 
-    config = configure.read_resolved(run.path)
-    watchdog = Watchdog(config.watchdog, run, rank, int(os.environ.get("WORLD_SIZE", 1)))
     speaker = Terminal(config.run.name, os.fdopen(terminal, "w"))
     try:
         prepare_deepspeed()  # nothing to do under `xc-train run`; srun and torchrun start ranks on machines that it never saw
@@ -67,6 +87,8 @@ def run_rank(run_dir: Path) -> int:
         watchdog.close()
         if rank == 0:
             run.write_outcome(ending.code, ending.reason, ending.step, ending.again)
+            if TORCHRUN in os.environ:
+                run.end_life(ending.code, ending.reason, ending.step)
         dist.destroy_process_group()
         return ending.code
     except (UserError, TryAgainError) as error:

@@ -5,6 +5,7 @@ Invariant: anything that only one rank knows (a stop request, dropped samples, i
 """
 
 import os
+import socket
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -76,6 +77,10 @@ class Ranks:
         found: list[str | None] = [None] * self.world
         dist.all_gather_object(found, value, group=self.control)
         return found
+
+    def nodes(self) -> list[str]:
+        """The name of each rank's node; all ranks call it."""
+        return [str(node) for node in self.gather(os.environ.get("SLURMD_NODENAME") or socket.gethostname())]
 
     def barrier(self) -> None:
         """Waits for all ranks, on the host."""

@@ -6,12 +6,18 @@ Invariant: the checkpoint itself is not touched; the copy is for one loading, an
 import os
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 from data_pipeline.errors import UserError
 from train.ranks import Ranks
 from train.run_dir import RunDir
 
+POLL_S = 0.2
 STAGES = (1, 2)
 """ZeRO stages whose converted checkpoints train on as before, each also under the other.
 
@@ -31,24 +37,51 @@ def is_whole(stage: int, dtype: str) -> bool:
     return stage == 0 and dtype == "torch.float32"
 
 
-def converted(folder: Path, run: RunDir, ranks: Ranks) -> Path:
+def converted(folder: Path, run: RunDir, ranks: Ranks, alive: Callable[[], None]) -> Path:
     """A universal copy of a checkpoint: rank 0 makes it, all wait. The engine loads it with `universal`.
+
+    `alive` is called on all ranks as often as the copy has grown: one of a large model takes longer than a silence may last.
 
     Raises:
         UserError: DeepSpeed could not convert it.
     """
     target = run.checkpoints / f".{folder.name}-universal.partial"
-    problem = ranks.share(_convert(folder, target) if ranks.rank == 0 else None)
+    size = 0
+    with tempfile.TemporaryFile("w+") as said:
+        process = _start(folder, target, said) if ranks.rank == 0 else None
+        while True:
+            time.sleep(POLL_S)
+            running, grown = ranks.share((process.poll() is None, _bytes(target)) if process else None)
+            if not running:
+                break
+            if grown != size:
+                size = grown
+                alive()
+        problem = ranks.share(_problem(process.returncode, said) if process else None)
     if problem:
         raise UserError(f"{folder} is of another number of ranks and could not be converted: {problem} (use the same --procs)")
     return target
 
 
-def _convert(folder: Path, target: Path) -> str | None:
+def _start(folder: Path, target: Path, said: TextIO) -> subprocess.Popen[str]:
     workers = str(min(8, os.cpu_count() or 1))
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(folder), "--output_folder", str(target)]
     command += ["--num_extract_workers", workers, "--num_merge_workers", workers, "--inject_missing_state"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    print(done.stdout, flush=True)
-    return (done.stdout.strip().splitlines() or ["it said nothing"])[-1] if done.returncode else None
+    return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def _problem(code: int, said: TextIO) -> str | None:
+    said.seek(0)
+    words = said.read()
+    print(words, flush=True)
+    return (words.strip().splitlines() or ["it said nothing"])[-1] if code else None
+
+
+def _bytes(folder: Path) -> int:
+    """Of the files that are there now; they come and go meanwhile."""
+    size = 0
+    for file in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            size += file.stat().st_size
+    return size

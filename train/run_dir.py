@@ -72,8 +72,14 @@ class RunDir:
         """How the last life ended, if it said so."""
         return read_json(self.outcome)
 
+    def forget_outcome(self) -> None:
+        """Before ranks start: how the life before ended is not how this one does."""
+        self.outcome.unlink(missing_ok=True)
+        self.hang.unlink(missing_ok=True)
+
     def begin_life(
         self,
+        began: float,
         resumed_from: int | None,
         world: int,
         sequence: int,
@@ -83,14 +89,15 @@ class RunDir:
         cost: dict[str, int],
         went_back_to: int | None = None,
     ) -> int:
-        """Notes that a process group starts; returns the number of this life, from 1.
+        """Notes that a process group has started; returns the number of this life, from 1.
 
+        `began`: when its processes did, in seconds since 1970.
         `went_back_to`: the step whose weights it has, where that is not `resumed_from` (train/rollback.py).
         `sequence` (ranks that share packs), `plan` (digest), `origin` (where it took over) and `cost` (coefficients of balance) say which
         packs each rank gets: `xc-data replay` reads them.
         """
         life = self.life() + 1
-        start = {"life": life, "event": "start", "time": time.time(), "resumed_from": resumed_from, "world": world, "device": device}
+        start = {"life": life, "event": "start", "time": began, "resumed_from": resumed_from, "world": world, "device": device}
         back = {} if went_back_to is None else {"went_back_to": went_back_to}
         jsonl.append(self.lives, [{**start, **back, "sequence": sequence, "plan": plan, "origin": origin, "cost": cost}])
         return life
@@ -108,9 +115,14 @@ class RunDir:
         return jsonl.read(self.lives)
 
     def lived_s(self) -> float:
-        """Wall time of the lives that have ended."""
-        starts = {e["life"]: e["time"] for e in self.events() if e["event"] == "start"}
-        return sum(max(0.0, e["time"] - starts[e["life"]]) for e in self.events() if e["event"] == "end" and e["life"] in starts)
+        """Wall time of the lives until now, in seconds; of one that nobody saw end, until its last step."""
+        events = self.events()
+        starts = {e["life"]: e["time"] for e in events if e["event"] == "start"}
+        ends = {e["life"]: e["time"] for e in events if e["event"] == "end"}
+        if starts.keys() - ends.keys():
+            last = {line["life"]: line["time"] for line in jsonl.read(self.metrics)}
+            ends = {**last, **ends}
+        return sum(max(0.0, ends.get(life, start) - start) for life, start in starts.items())
 
     def beat(self, step: int, phase: str) -> None:
         """Says that rank 0 is alive and where it is."""

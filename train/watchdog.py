@@ -46,7 +46,8 @@ class Watchdog:
     def __init__(self, config: WatchdogConfig, run: RunDir, rank: int, world: int) -> None:
         """Starts watching, in phase `start`."""
         self._limits, self._run, self._rank, self._world = asdict(config), run, rank, world
-        self._began = time.time()
+        self.began = time.time()
+        """When this rank's part of the life began, in seconds since 1970."""
         self._beat = (0, "start", 0)
         self._started = False
         self._stacks = run.stacks(rank).open("a")
@@ -84,7 +85,7 @@ class Watchdog:
                 noted = beat
             limit = self._limits[phase]
             own = Silence(self._rank, phase, step, beats, silent, time.time())
-            if (limit and silent > limit) or (silent > 2 and found_silence(self._run, self._began)):
+            if (limit and silent > limit) or (silent > 2 and found_silence(self._run, self.began)):
                 self._end(own)
 
     def _end(self, own: Silence) -> None:
@@ -93,7 +94,7 @@ class Watchdog:
             self._stacks.write(f"{_MARK}{json.dumps(asdict(own))}\n")
             self._stacks.flush()
             faulthandler.dump_traceback(self._stacks, all_threads=True)
-            if not found_silence(self._run, self._began):
+            if not found_silence(self._run, self.began):
                 write_json(self._run.hang, asdict(own))
             deadline = time.monotonic() + GRACE_S
             while len(found := self._silences()) < self._world and time.monotonic() < deadline:
@@ -109,7 +110,7 @@ class Watchdog:
             with suppress(OSError, ValueError):
                 lines = [line for line in self._run.stacks(rank).read_text().splitlines() if line.startswith(_MARK)]
                 newest = Silence(**json.loads(lines[-1].removeprefix(_MARK))) if lines else None
-                if newest and newest.time > self._began:
+                if newest and newest.time > self.began:
                     found.append(newest)
         return found
 

@@ -19,7 +19,7 @@ import yaml
 
 from data_pipeline import jsonl
 from train.launch import free_port, rank_environment
-from train.run_dir import RunDir
+from train.run_dir import RunDir, file_digest
 
 if TYPE_CHECKING:
     from conftest import Demo
@@ -82,6 +82,13 @@ class Stage:
         from safetensors.torch import load_file
 
         return {n: t.view(torch.uint8).numpy().tobytes() for n, t in load_file(self.run.final / "model.safetensors").items()}
+
+    def saved(self, step: int) -> dict[str, Any]:
+        """What the checkpoint of a step holds: digests of its tensors, and the state but for times and requests."""
+        folder = self.run.checkpoints / f"step-{step:08d}"
+        state = json.loads((folder / "state.json").read_text())
+        del state["totals"]["step_ms"], state["totals"]["save"]
+        return {**state, **{str(file.relative_to(folder)): file_digest(file) for file in sorted(folder.rglob("*.pt"))}}
 
     def resumed_from(self) -> list[int | None]:
         """The step that each life went on from."""

@@ -1,6 +1,7 @@
 """One of two ranks that train a tiny model under every ZeRO stage, for test_zero.py: `train_worker.py JOBS.pt OUT.pt`.
 
-The job holds batches by step and pack; pack i belongs to rank i % 2. What comes out: losses by step, weights at the end.
+The job holds batches by step and pack; pack i belongs to rank i % 2.
+What comes out: losses and norms of the gradient by step, weights at the end.
 """
 
 import sys
@@ -38,7 +39,7 @@ def main() -> None:
         config = job["config"]
         model = build(config)
         engine = Engine(config, model, optimizer_of(model, job["optimizer"]), ranks, torch.float32)
-        losses = []
+        losses, norms = [], []
         for packs in job["steps"]:
             n_global = sum(p.supervised for p in packs)
             mine = torch.zeros(1, dtype=torch.float64)
@@ -48,9 +49,10 @@ def main() -> None:
                 engine.backward(loss_sum, n_global, last=batch is own[-1])
                 mine += loss_sum.detach().double()
             engine.step(job["lr"])
+            norms.append(engine.grad_norm())
             dist.all_reduce(mine)
             losses.append(mine.item() / max(1, n_global))
-        results[name] = {"losses": losses, "weights": engine.weights(keep=True)}
+        results[name] = {"losses": losses, "norms": norms, "weights": engine.weights(keep=True)}
     if ranks.rank == 0:
         torch.save(results, out_file)
     ranks.barrier()

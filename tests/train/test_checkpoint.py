@@ -106,10 +106,30 @@ def test_a_checkpoint_that_is_not_finished_is_invisible_and_swept_away(run, slow
     writer.wait()
     slow_disk.clear()
     writer.save(state(3))  # never finished, as by a kill
-    found = checkpoint.find(run, Alone(0, 1, 0, None))
-    assert found.name == "step-00000002"
+    said = []
+    (run.checkpoints / "step-00000002" / "state.json").unlink()
+    found = checkpoint.find(run, Alone(0, 1, 0, None), said.append)
+    assert found.name == "step-00000001"
+    assert said == ["passed over checkpoint step-00000002: state.json is missing"], "the user is told"
     assert not list(run.checkpoints.glob(".*partial"))
     slow_disk.set()
+
+
+def test_a_bit_that_flips_in_any_byte_of_any_file_of_a_checkpoint_is_found(run):
+    writer = make(run, Model())
+    writer.save(state(1))
+    writer.wait()
+    folder = run.checkpoints / "step-00000001"
+    assert checkpoint.problem(folder) is None
+    for file in folder.iterdir():
+        content = file.read_bytes()
+        for place in range(0, len(content), 1 if file.suffix == ".json" else 97):
+            flipped = bytearray(content)
+            flipped[place] ^= 1
+            file.write_bytes(flipped)
+            assert checkpoint.problem(folder), (file.name, place, bytes(flipped[place - 9 : place + 9]))
+        file.write_bytes(content)
+    assert checkpoint.problem(folder) is None
 
 
 def test_the_last_ones_stay_and_every_so_many_for_good(run):

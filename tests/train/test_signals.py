@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -29,3 +30,16 @@ def test_a_rank_that_is_asked_to_stop_before_it_trains_leaves_at_once_and_says_s
     outcome = RunDir(tmp_path).read_outcome()
     assert outcome["code"] == EXIT_TRY_AGAIN
     assert f"asked to stop ({number.name}) before the first step" in outcome["reason"]
+
+
+def test_until_its_first_step_a_run_that_is_asked_to_stop_leaves_at_once_whatever_it_loads_or_rehearses(stage):
+    made = stage(data={"context": 16384}, train={"steps": 2})  # to rehearse the heaviest pack takes seconds
+    process = made.start()
+    while not made.run.events():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == EXIT_TRY_AGAIN, errors
+    assert "asked to stop (SIGTERM) before the first step of this life; the same command goes on" in errors
+    assert not made.run.metrics.exists() and not made.checkpoints()

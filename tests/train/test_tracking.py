@@ -2,15 +2,22 @@
 
 import gzip
 import json
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from no_host_sync import no_host_sync
+from stages import Life, live_together
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto.wandb_internal_pb2 import Record
 
 from data_pipeline import jsonl
+from data_pipeline.errors import EXIT_DONE
 from train import configure
 from train.run_dir import RunDir
 from train.tracking.captions import Caption
@@ -72,7 +79,7 @@ def alone(tmp_path):
 
 
 def test_utilisation_is_flops_by_time_and_peak_and_no_step_asks_the_device(alone):
-    meter = Meter(["pairs", "text"], rank=0, world=1, peak_flops=1e12)
+    meter = Meter(["pairs", "text"], rank=0, nodes=["here"], peak_flops=1e12)
     for step in (1, 2):
         laps = Laps(
             [("", 0.0), ("data", 1.0), ("forward", 2.0), ("backward", 4.5), ("forward", 5.0), ("backward", 6.0), ("optimizer", 6.25)]
@@ -96,7 +103,8 @@ def test_captions_are_a_table_with_pictures_in_wandb_and_in_tensorboard(stage, t
     made = stage(track={"tensorboard": True, "wandb": True})
     run = RunDir(tmp_path / "run")
     run.create()
-    trackers = Trackers(run, configure.load(made.config), {}, life=1, step=0)
+    said: list[str] = []
+    trackers = Trackers(run, configure.load(made.config), {}, life=1, step=0, say=said.append)
     pixels = np.full((3, 8, 8), 200, np.uint8)
     for step, words in ((2, "a | b"), (4, "red apple")):
         trackers.log(step, {"loss/train": 1.0})
@@ -135,7 +143,8 @@ def test_a_tracker_that_cannot_start_or_fails_later_stops_nothing(stage, tmp_pat
         raise ConnectionError("no route to the dashboard")
 
     monkeypatch.setattr(Wandb, "__init__", refuse)
-    trackers = Trackers(run, configure.load(made.config), {}, life=1, step=0)
+    said: list[str] = []
+    trackers = Trackers(run, configure.load(made.config), {}, life=1, step=0, say=said.append)
     trackers.log(1, {"loss/train": 1.0})
     for tracker in trackers._others:
         monkeypatch.setattr(tracker, "log", refuse)
@@ -143,3 +152,60 @@ def test_a_tracker_that_cannot_start_or_fails_later_stops_nothing(stage, tmp_pat
     trackers.log(3, {"loss/train": 0.25})
     trackers.close()
     assert [line["step"] for line in jsonl.read(run.metrics)] == [1, 2, 3]
+    cure = "no route to the dashboard (training goes on, metrics.jsonl has every step)"
+    assert said == [f"a tracker is off after step 0: {cure}", f"a tracker is off after step 2: {cure}"]
+
+
+def test_a_wandb_server_that_cannot_be_reached_is_said_in_a_line_and_the_run_is_kept_for_later(stage):
+    made = stage(track={"wandb": True}, train={"steps": 3})
+    nobody = {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40, "WANDB_INIT_TIMEOUT": "2"}
+    made = replace(made, environment={**made.environment, **nobody})
+    done = made.train()
+    assert done.returncode == EXIT_DONE, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith(("wandb", "a tracker"))]
+    assert re.fullmatch(r"wandb cannot be reached: .+ \(this life is kept in .*, for wandb sync\)", line)
+    assert list(made.losses()) == history(made.run) == [1, 2, 3]
+
+
+def leveldb_log(content: bytes, first: int, block: int = 32768) -> Iterator[bytes]:
+    """The records of wandb's file behind its header of `first` bytes: pieces of (crc 4, length 2, kind 1), none across a block's border."""
+    place, whole = 0, b""
+    while place + 7 <= len(content):
+        left = block - (place + first) % block
+        if left < 7:
+            place += left
+            continue
+        length, kind = struct.unpack_from("<HB", content, place + 4)
+        whole += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # full, last
+            yield whole
+            whole = b""
+
+
+def history(run: RunDir) -> list[int]:
+    """The steps that wandb's offline files of all lives hold, in the order in which they would be sent."""
+    steps = []
+    for file in sorted(run.tracking.glob("wandb/offline-run-*/*.wandb")):
+        for record in map(Record.FromString, leveldb_log(file.read_bytes()[7:], first=7)):
+            items = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+            steps += [int(items["_step"])] if "_step" in items else []
+            assert items.get("_step") == items.get("step")
+    return steps
+
+
+def test_a_run_that_was_stopped_twice_is_one_run_with_each_step_once_in_every_dashboard(stage):
+    """As after kills: steps are done again that were shown already."""
+    made = stage(track={"every": 2, "tensorboard": True, "wandb": True}, train={"steps": 8}, checkpoint={"every": 2, "keep_last": 9})
+    for step in (4, 6, None):
+        live_together([Life(made)])
+        if step:
+            made.forget_after(step)
+    assert made.resumed_from() == [None, 4, 6]
+    every = list(range(1, 9))
+    assert [line["step"] for line in jsonl.read(made.run.metrics)] == [*every, 5, 6, 7, 8, 7, 8]
+    events = EventAccumulator(str(made.run.tracking / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss/train")] == every
+    assert history(made.run) == every
+    assert len({file.stem.rpartition("-")[2] for file in made.run.tracking.glob("wandb/offline-run-*/*.wandb")}) == 1, "one run"

@@ -24,6 +24,7 @@ from train.objective import scaled_loss
 from train.optim import set_lr
 
 STAGES = (0, 1, 2, 3)
+DATA = ("mixed", "lopsided", "one-a-rank", "four-a-rank")
 STEPS = {"adamw": 10, "sgd": 5}
 LR = {"adamw": 1e-3, "sgd": 0.5}
 
@@ -42,7 +43,7 @@ def read_packs(config: Config, count: int) -> list[PackedBatch]:
 
 @pytest.fixture(scope="module")
 def jobs(demo, tmp_path_factory) -> dict[str, dict[str, Any]]:
-    """A job a ZeRO stage and optimizer; `lopsided` gives rank 1 text and empty packs only."""
+    """A job a ZeRO stage and optimizer: two packs a rank and step; the same, rank 1 with text and empty packs only; one pack; four."""
     folder = tmp_path_factory.mktemp("zero")
     settings = stage_settings(demo, folder / "run")
     settings["model"]["plora"]["dropout"] = 0.0
@@ -57,10 +58,14 @@ def jobs(demo, tmp_path_factory) -> dict[str, dict[str, Any]]:
     steps = {
         "mixed": [mixed[i : i + 4] for i in range(0, 40, 4)],
         "lopsided": [[mixed[i], text_only[i], mixed[i + 1], empty] for i in range(10)],
+        "one-a-rank": [mixed[i : i + 2] for i in range(0, 20, 2)],
+        "four-a-rank": [[*mixed[i : i + 4], *mixed[i + 20 : i + 24]] for i in range(0, 20, 2)],
     }
+    assert tuple(steps) == DATA
     found = {}
-    for data, optimizer, stage in [(d, o, s) for d in steps for o in STEPS for s in STAGES]:
-        config = replace(configs[0], deepspeed=replace(configs[0].deepspeed, stage=stage))
+    for data, optimizer, stage in [(d, o, s) for d in steps for o in STEPS for s in STAGES if o == "sgd" or d in DATA[:2]]:
+        batch = replace(configs[0].data, global_batch=len(steps[data][0]))
+        config = replace(configs[0], data=batch, deepspeed=replace(configs[0].deepspeed, stage=stage))
         found[f"{data}-{optimizer}-{stage}"] = {
             "config": config,
             "optimizer": optimizer,
@@ -86,7 +91,7 @@ def in_one_process(job: dict[str, Any]) -> dict[str, Any]:
     model = build(job["config"])
     optimizer = optimizer_of(model, job["optimizer"])
     trained = [p for p in model.parameters() if p.requires_grad]
-    losses = []
+    losses, norms = [], []
     for packs in job["steps"]:
         n_global = sum(p.supervised for p in packs)
         total = 0.0
@@ -94,28 +99,31 @@ def in_one_process(job: dict[str, Any]) -> dict[str, Any]:
             loss_sum = model(batch).loss_sum
             scaled_loss(loss_sum, 1, n_global).backward()
             total += loss_sum.item()
-        torch.nn.utils.clip_grad_norm_(trained, job["config"].train.grad_clip)
+        norms.append(torch.nn.utils.clip_grad_norm_(trained, job["config"].train.grad_clip).item())
         set_lr(optimizer, job["lr"])
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total / max(1, n_global))
-    return {"losses": losses, "weights": dict(model.named_parameters())}
+    return {"losses": losses, "norms": norms, "weights": dict(model.named_parameters())}
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("data", ["mixed", "lopsided"])
 def test_losses_over_ten_adamw_steps_are_those_of_one_process(jobs, under_deepspeed, data, stage):
     name = f"{data}-adamw-{stage}"
-    assert under_deepspeed[name]["losses"] == pytest.approx(in_one_process(jobs[name])["losses"], abs=1e-5, rel=1e-5)
+    assert under_deepspeed[name]["losses"] == pytest.approx(in_one_process(jobs[name])["losses"], abs=1e-5, rel=0)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("data", ["mixed", "lopsided"])
-def test_parameters_after_five_sgd_steps_are_those_of_one_process(jobs, under_deepspeed, data, stage):
+@pytest.mark.parametrize("data", DATA)
+def test_parameters_after_five_sgd_steps_and_the_gradients_on_the_way_are_those_of_one_process(jobs, under_deepspeed, data, stage):
     name = f"{data}-sgd-{stage}"
-    reference, fresh = in_one_process(jobs[name])["weights"], dict(build(jobs[name]["config"]).named_parameters())
+    found, expected = under_deepspeed[name], in_one_process(jobs[name])
+    assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5, rel=0)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4), "torch sums them in fp32, 3e-5 off; ZeRO 1 and 2 do not"
+    reference, fresh = expected["weights"], dict(build(jobs[name]["config"]).named_parameters())
     moved = 0.0
-    for parameter, value in under_deepspeed[name]["weights"].items():
+    for parameter, value in found["weights"].items():
         assert (value - reference[parameter]).abs().max() <= 1e-6, parameter
         moved = max(moved, (value - fresh[parameter]).abs().max().item())
     assert moved > 1e-3  # else equality would say nothing

@@ -44,21 +44,22 @@ class Training:
     lives: list[dict[str, Any]]
 
 
-def write_report(folder: Path) -> Path:
-    """Writes both files into the folder and returns the page's path.
+def write_report(folder: Path, output: Path | None = None) -> Path:
+    """Writes both files into the folder, the page elsewhere if there is an `output`; returns the page's path.
 
     Raises:
-        UserError: there is no run directory, or the folder cannot be written.
+        UserError: there is no run directory, or a file cannot be written.
     """
     stages = collect(folder)
     summary = summarise(stages)
     page = render(folder.resolve().name, stages, summary)
-    target = folder / "report.html"
+    target = output or folder / "report.html"
     try:
         write_atomic(folder / "summary.json", json.dumps(summary, indent=1).encode())
         write_atomic(target, page.encode("utf-8", "replace"))
     except OSError as error:
-        raise UserError(f"cannot write into {folder.resolve()}: {error.strerror} (free space, or make it writable)") from None
+        where = f"into {folder.resolve()}" if output is None else f"{output.absolute()}, or summary.json into {folder.resolve()}"
+        raise UserError(f"cannot write {where}: {error.strerror} (free space, make it writable, or choose another -o)") from None
     return target
 
 

@@ -3,6 +3,8 @@
 Invariant: every step gets its own line with its global loss; no step asks the device for a value.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,9 +44,10 @@ class _Pending:
 class Meter:
     """Holds the steps since the last flush."""
 
-    def __init__(self, sources: list[str], rank: int, world: int, peak_flops: float | None) -> None:
-        """`peak_flops` of a rank's device, a second; nothing where it is not known."""
-        self._sources, self._rank, self._world, self._peak = sources, rank, world, peak_flops
+    def __init__(self, sources: list[str], rank: int, nodes: Sequence[str], peak_flops: float | None) -> None:
+        """`nodes`: the node of each rank; `peak_flops` of a rank's device, a second; nothing where it is not known."""
+        self._sources, self._rank, self._world, self._peak = sources, rank, len(nodes), peak_flops
+        self._ranks_of, self._node = Counter(nodes), nodes[rank]
         self._pending: list[_Pending] = []
 
     def __len__(self) -> int:
@@ -74,7 +77,18 @@ class Meter:
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         step_s = [float(p.host["throughput/step_s"]) for p in pending]
         spread = [self._spread(*row) for row in zip(totals.tolist(), most.tolist(), step_s, strict=True)]
-        return [(p.step, {**self._losses(row), **p.host, **more}) for p, row, more in zip(pending, rows, spread, strict=True)]
+        lines = [(p.step, {**self._losses(row), **p.host, **more}) for p, row, more in zip(pending, rows, spread, strict=True)]
+        lines[-1][1].update(self._by_node([own[PARTS.index("forward")] for own in sums], losses.device))
+        return lines
+
+    def _by_node(self, forward_s: list[float], device: torch.device) -> Metrics:
+        """Seconds of a forward pass as means over the held steps and a node's ranks: a node that is slow stands out. Of several nodes."""
+        if len(self._ranks_of) == 1:
+            return {}
+        own = sum(forward_s) / len(forward_s) / self._ranks_of[self._node]
+        means = torch.tensor([own * (node == self._node) for node in self._ranks_of], dtype=torch.float64, device=device)
+        dist.all_reduce(means)
+        return {f"health/forward_s_by_node/{node}": mean for node, mean in zip(self._ranks_of, means.tolist(), strict=True)}
 
     def _losses(self, row: list[float]) -> Metrics:
         count = len(self._sources)
@@ -87,7 +101,10 @@ class Meter:
         return metrics
 
     def _spread(self, totals: list[float], most: list[int], step_s: float) -> Metrics:
-        """Times as means over ranks, and how far the ranks lie apart. Forward is what ranks do alone (but for ZeRO-3, which gathers)."""
+        """Times as means over ranks, and how far the ranks lie apart.
+
+        Forward is what ranks do alone, but for the gathers of ZeRO-3 and the exchange of heads under `parallel.sequence`.
+        """
         *means, image_tokens, model, hardware = (total / self._world for total in totals)
         (slowest, rank), images, memory = divmod(most[0], _RANKS), most[1], most[2]
         forward = means[PARTS.index("forward")]

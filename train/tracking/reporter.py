@@ -22,23 +22,24 @@ class Reporter:
 
     def __init__(self, config: Config, run: RunDir, ranks: Ranks, terminal: Terminal, peak_flops: float | None) -> None:
         self._config, self._run, self._terminal = config, run, terminal
-        self._meter = Meter(list(config.data.sources), ranks.rank, ranks.world, peak_flops)
+        self._meter = Meter(list(config.data.sources), ranks.rank, ranks.nodes(), peak_flops)
         self._trackers: Trackers | None = None
+        self._captions: dict[int, Sequence[Caption]] = {}
 
     def begin(self, life: int, step: int, settings: dict[str, Any], lines: list[str]) -> None:
-        """Opens the trackers and says how the life begins. Rank 0 only."""
-        self._trackers = Trackers(self._run, self._config, settings, life, step)
+        """Says how the life begins, and opens the trackers. Rank 0 only."""
         for line in lines:
             self._terminal.say(line)
+        self._trackers = Trackers(self._run, self._config, settings, life, step, self._terminal.say)
 
     def add(self, step: int, by_source: list[tuple[Tensor, Tensor]], host: Metrics, own: Own) -> None:
         """Notes a step, without waiting for the device; arguments as those of `Meter.add`."""
         self._meter.add(step, by_source, host, own)
 
     def show(self, step: int, captions: Sequence[Caption]) -> None:
-        """Shows what was written about held-out pictures after a step."""
+        """Notes what was written about held-out pictures after a step, to be shown behind its metrics: dashboards take steps in order."""
         if self._trackers is not None and captions:
-            self._trackers.show(step, captions)
+            self._captions[step] = captions
 
     def flush(self) -> None:
         """Sums the noted steps over the ranks and shows them."""
@@ -47,6 +48,8 @@ class Reporter:
             return
         for step, metrics in lines:
             self._trackers.log(step, metrics)
+            if step in self._captions:
+                self._trackers.show(step, self._captions.pop(step))
         step, metrics = lines[-1]
         speed = sum(m["throughput/tokens_per_s"] for _, m in lines) / len(lines)
         skipped, dropped = int(metrics["health/skipped_steps"]), int(metrics["health/bad_samples"])

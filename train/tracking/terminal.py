@@ -1,6 +1,5 @@
 """What rank 0 says while it trains: one line that moves on a terminal, a plain line now and then elsewhere."""
 
-import sys
 import time
 from typing import TextIO
 
@@ -12,15 +11,17 @@ from rich.text import Text
 class Terminal:
     """The progress of one stage."""
 
-    def __init__(self, name: str, stream: TextIO | None = None) -> None:
+    def __init__(self, name: str, stream: TextIO) -> None:
+        """`stream` is the user's; what this process prints otherwise goes to the log of its rank."""
         self._name = name
-        self._console = Console(file=stream or sys.stdout, highlight=False)
+        self._console = Console(file=stream, highlight=False)
         self._live: Live | None = None
         self._began: tuple[float, float] | None = None
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """A line that stays, and stands in the log too."""
         self._console.print(text, markup=False, soft_wrap=True)
+        print(text, flush=True)
 
     def show(self, step: int, progress: float, loss: float, tokens_per_s: float, skipped: int, dropped: int) -> None:
         """The state of the run now; the time left is judged by this life's own pace."""

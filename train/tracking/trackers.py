@@ -4,7 +4,6 @@ Invariant: training never stops because of a tracker, and `metrics.jsonl` names 
 replayed are told apart. Only rank 0 tracks.
 """
 
-import logging
 import math
 import os
 import time
@@ -18,9 +17,13 @@ from train.config import Config
 from train.run_dir import RunDir, write_atomic
 from train.tracking.captions import Caption, keep
 
-log = logging.getLogger(__name__)
-
 Metrics = dict[str, float | int]
+
+PATIENCE = {"WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "120"}
+"""Seconds that wandb may try to reach its server when a life begins, and go on sending when it ends (else 90, and for ever).
+
+What is not sent lies in the run directory, for `wandb sync`. A user's own environment comes first.
+"""
 
 
 class Tracker(Protocol):
@@ -61,8 +64,8 @@ class TensorBoard:
     def __init__(self, run: RunDir, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # purge_step hides what an earlier life wrote past its checkpoint.
-        self._writer = SummaryWriter(str(run.tracking / "tensorboard"), purge_step=step)
+        # Hides what an earlier life wrote past its checkpoint, from purge_step on: the step of the checkpoint is not done again.
+        self._writer = SummaryWriter(str(run.tracking / "tensorboard"), purge_step=step + 1)
         self._shown: set[str] = set()
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -89,9 +92,12 @@ class TensorBoard:
 
 
 class Wandb:
-    """Weights & Biases; a resumed run goes on under the id that the run directory keeps."""
+    """Weights & Biases; a resumed run goes on under the id that the run directory keeps.
 
-    def __init__(self, run: RunDir, config: Config, settings: dict[str, Any]) -> None:
+    Its own step is ours, which never goes back: steps up to `told`, which an earlier life showed before it was killed, are not sent again.
+    """
+
+    def __init__(self, run: RunDir, config: Config, settings: dict[str, Any], told: int, say: Callable[[str], None]) -> None:
         import wandb
 
         folder = run.tracking
@@ -99,31 +105,46 @@ class Wandb:
         id_file = folder / "wandb_id"
         if not id_file.exists():
             write_atomic(id_file, uuid.uuid4().hex[:8].encode())
+
+        def begin(mode: str) -> Any:
+            return wandb.init(
+                project=config.track.project,
+                name=config.run.name,
+                id=id_file.read_text(),
+                resume="allow" if mode == "online" else None,
+                mode=mode,  # type: ignore[arg-type]
+                dir=str(folder),
+                config=settings,
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+
+        for name, seconds in PATIENCE.items():
+            os.environ.setdefault(name, seconds)
         mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
-        self._run = wandb.init(
-            project=config.track.project,
-            name=config.run.name,
-            id=id_file.read_text(),
-            resume="allow" if mode == "online" else None,
-            mode=mode,  # type: ignore[arg-type]
-            dir=str(folder),
-            config=settings,
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        try:
+            self._run = begin(mode)
+        except wandb.errors.CommError as error:
+            say(f"wandb cannot be reached: {_line(error)} (this life is kept in {folder}, for wandb sync)")
+            wandb.teardown()  # its server process holds the id of the run that did not come about
+            self._run = begin("offline")
+        self._told = told
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Sends the step."""
-        self._run.log({"step": step, **metrics})
+        if step > self._told:
+            self._run.log({"step": step, **metrics}, step=step)
 
     def show(self, step: int, captions: Sequence[Caption]) -> None:
         """Sends a table of the words, and the pictures above theirs: pictures within a table would leave the run directory."""
         import wandb
 
+        if step <= self._told:
+            return
         rows = [[c.split, c.key, c.reference, c.generated] for c in captions]
         table = wandb.Table(columns=["split", "key", "reference", "generated"], data=rows)
         pictures = [wandb.Image(c.pixels.transpose(1, 2, 0), caption=f"{c.reference}: {c.generated}") for c in captions]
-        self._run.log({"step": step, "validation/captions": table, "validation/pictures": pictures})
+        self._run.log({"step": step, "validation/captions": table, "validation/pictures": pictures}, step=step)
 
     def close(self) -> None:
         """Ends this life's part of the run."""
@@ -133,18 +154,19 @@ class Wandb:
 class Trackers:
     """All of them, each shielded from the others and the run from each."""
 
-    def __init__(self, run: RunDir, config: Config, settings: dict[str, Any], life: int, step: int) -> None:
-        self._lines = JsonLines(run, life)
+    def __init__(self, run: RunDir, config: Config, settings: dict[str, Any], life: int, step: int, say: Callable[[str], None]) -> None:
+        """`step` is that of the checkpoint that the life goes on from; `say` tells the user of a tracker that is off from now on."""
+        self._lines, self._say = JsonLines(run, life), say
         self._others: list[Tracker] = []
         for wanted, make in (
             (config.track.tensorboard, lambda: TensorBoard(run, step)),
-            (config.track.wandb, lambda: Wandb(run, config, settings)),
+            (config.track.wandb, lambda: Wandb(run, config, settings, _newest_step(run), say)),
         ):
             if wanted:
                 try:
                     self._others.append(make())
                 except Exception as error:  # noqa: BLE001  trackers raise their own, and none may stop a run
-                    log.warning("tracker off: %s", error)
+                    self._off(step, error)
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Writes one step everywhere."""
@@ -161,8 +183,11 @@ class Trackers:
             try:
                 what(tracker)
             except Exception as error:  # noqa: BLE001  as above
-                log.warning("tracker off after step %d: %s", step, error)
+                self._off(step, error)
                 self._others.remove(tracker)
+
+    def _off(self, step: int, error: Exception) -> None:
+        self._say(f"a tracker is off after step {step}: {_line(error)} (training goes on, metrics.jsonl has every step)")
 
     def close(self) -> None:
         """Flushes everything."""
@@ -170,7 +195,16 @@ class Trackers:
             try:
                 tracker.close()
             except Exception as error:  # noqa: BLE001  as above
-                log.warning("tracker did not close: %s", error)
+                self._say(f"a tracker did not close: {_line(error)} (metrics.jsonl has every step)")
+
+
+def _newest_step(run: RunDir) -> int:
+    """The furthest step that a life has shown."""
+    return max((line["step"] for line in jsonl.read(run.metrics)), default=0)
+
+
+def _line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _cell(text: str) -> str:

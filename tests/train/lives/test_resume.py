@@ -62,22 +62,28 @@ def test_kills_a_signal_a_stop_and_a_save_file_with_other_workers_each_time_leav
     third.communicate(timeout=60)
     assert third.returncode == EXIT_TRY_AGAIN
 
-    fourth = broken.start("data.workers=4")
-    broken.kill_a_rank_after(20, fourth, chance.randint(0, 1), life=4)
-    fourth.communicate(timeout=60)
-    assert fourth.returncode == EXIT_CRASH
+    for life, after, workers in ((4, outcome["step"] + 4, 4), (5, 20, 0)):
+        doomed = broken.start(f"data.workers={workers}")
+        broken.wait_for(after, doomed, life)
+        time.sleep(chance.uniform(0, 0.1))  # anywhere in a step, or in a checkpoint
+        broken.kill_a_rank_after(after, doomed, chance.randint(0, 1), life)
+        doomed.communicate(timeout=60)
+        assert doomed.returncode == EXIT_CRASH
 
     assert broken.train().returncode == EXIT_DONE
     assert broken.losses() == whole.losses()
     assert sorted(broken.losses()) == list(range(1, 25))
     assert broken.weights() == whole.weights()
+    assert broken.saved(24) == whole.saved(24), "optimizer, random states, data and counts"
+    order = [{line["step"]: (line["data/window"], line["data/pack"]) for line in jsonl.read(one.run.metrics)} for one in (broken, whole)]
+    assert order[0] == order[1]
     resumed = broken.resumed_from()
     assert resumed[0] is None
     assert resumed[1] in (4, 8)
     assert resumed[1] + 1 in broken.checkpoints(), "as RUN/save asked"
     assert not broken.run.save_file.exists()
     assert resumed[2] == outcome["step"]
-    assert resumed[4] in (16, 20, 24)
+    assert resumed[-1] in (16, 20, 24)
 
 
 @pytest.fixture(scope="module")
