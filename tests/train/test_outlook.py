@@ -9,7 +9,7 @@ from batches import IMAGE_SIZE, tiny_config
 from stages import stage_settings
 
 from train import cli, configure, memory
-from train.config import Checkpointing, Config, GroupRule, Recompute
+from train.config import Checkpointing, Config, GroupRule, OffloadConfig, OffloadTo, Recompute
 from train.flops import Shape
 from train.model import attention
 from train.model.xcomposer2 import XComposer2
@@ -49,10 +49,31 @@ def test_more_zero_and_checkpointing_need_less_and_offload_moves_the_optimizer_t
         config.deepspeed.stage, config.train.checkpointing = stage, Checkpointing(kind)
         needs.append(look(config, GPU).memory)
     assert [m.device for m in needs] == sorted((m.device for m in needs), reverse=True)
-    config.deepspeed.extra = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    config.deepspeed.offload.optimizer = OffloadTo.cpu
     offloaded = look(config, GPU).memory
     assert offloaded.optimizer == offloaded.gradients == 0
-    assert offloaded.host >= needs[-1].optimizer
+    assert offloaded.offloaded == needs[-1].optimizer + needs[-1].gradients
+    assert "offloaded" in page(config, GPU)
+    config.deepspeed.extra = {"zero_optimization": {"offload_optimizer": {"pin_memory": False}}}
+    assert look(config, GPU).memory == offloaded, "extra changes what it names and nothing else"
+    config.deepspeed.extra = {"zero_optimization": {"offload_optimizer": None}}
+    assert look(config, GPU).memory == needs[-1], "extra has the last word"
+    config.deepspeed.offload, config.deepspeed.extra = OffloadConfig(), {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    assert look(config, GPU).memory == offloaded
+    config.deepspeed.offload, config.deepspeed.extra = OffloadConfig(parameters=OffloadTo.nvme), {}
+    moved = look(config, GPU).memory
+    assert moved.weights < needs[-1].weights == moved.weights + moved.offloaded
+
+
+def test_a_second_copy_of_the_weights_in_each_node_is_counted() -> None:
+    config = pretraining_7b()
+    config.deepspeed.stage = 3
+    without = look(config, GPU).memory
+    config.deepspeed.zero_pp.partition_ranks = 8
+    whole = 2 * (7_737_708_544 + 603_979_776 + 304_169_984 + 20_979_712)
+    assert look(config, GPU).memory.device - without.device == pytest.approx(whole / 8, abs=2)
+    config.deepspeed.offload.parameters = OffloadTo.cpu
+    assert look(config, GPU).memory.offloaded == pytest.approx(whole / 8 + whole / 64, abs=2)
 
 
 def test_indexed_data_gives_steps_and_its_own_cost(demo, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
