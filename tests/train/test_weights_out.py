@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,12 @@ from hub_folders import stage_config
 from safetensors.torch import load_file, save_file
 
 from data_pipeline.config import SourceConfig
-from data_pipeline.errors import EXIT_DONE, EXIT_USER
+from data_pipeline.errors import EXIT_DONE, EXIT_USER, UserError
 from train import configure
 from train.cli import main
 from train.config import Config, GroupRule, Stage
 from train.model.xcomposer2 import XComposer2
+from train.model_config import LowRank, LowRankMode, PLoRAConfig, RopeKind, RopeScaling
 from train.run_dir import RunDir
 from train.weights import final, hub, initial, official
 from train.weights.export import _config_json
@@ -181,6 +183,46 @@ def test_a_run_of_another_image_size_is_a_start_with_its_positions_resampled(con
     initial.fill(model, config)
     assert model.vision.vit.pos_embed.shape == (1, 37, 32)
     assert model.vision.vit.pos_embed.isfinite().all()
+
+
+def complaint(config: Config) -> str:
+    with pytest.raises(UserError) as raised:
+        initial.check(config)
+    return " ".join(str(raised.value).split())
+
+
+def test_a_stage_that_means_something_else_by_the_weights_of_the_one_before_is_refused(config, tmp_path):
+    config.model.plora.alpha = 8.0
+    config.model.plora.linears = {"wo": LowRank(4, 4.0)}
+    run = finished(config, tmp_path / "run")
+    assert xc_train("export", run.path, tmp_path / "out") == EXIT_DONE
+    for start, file in ((run.path, "config.yaml"), (tmp_path / "out", "stage.yaml")):
+        config.run.init_from = str(start)
+        initial.check(config)
+        ours = deepcopy(config)
+        ours.model.plora, ours.model.decoder.rope_theta = PLoRAConfig(LowRankMode.lora, 4, 4.0), 500000.0
+        ours.model.vision.mean, ours.model.vision.overrides["num_heads"] = [0.5, 0.5, 0.5], 4
+        said = complaint(ours)
+        assert said.startswith(f"run.init_from: {start}") and "in 5 places" in said
+        assert f"wrong value model.plora.alpha {file} 8 at rank 4, not 4 at rank 4" in said
+        assert f"wrong value model.plora.mode {file} plora, not lora" in said
+        assert f"wrong value model.decoder.rope_theta {file} 10000.0, not 500000.0" in said
+        assert "model.vision.mean" in said and "model.vision.overrides" in said
+        ours = deepcopy(config)
+        ours.model.plora.linears["wo"].alpha = 2.0
+        assert f"wrong value model.plora.linears.wo.alpha {file} 4 at rank 4, not 2 at rank 4" in complaint(ours)
+        ours = deepcopy(config)
+        ours.model.plora.dropout, ours.model.vision.overrides["drop_path_rate"] = 0.5, 0.1
+        ours.model.decoder.rope_scaling = RopeScaling(RopeKind.linear, 2.0)
+        initial.check(ours)  # what is drawn anew, and a context that grows
+
+
+def test_low_rank_weights_that_never_moved_bind_no_later_stage_to_their_scale(config, tmp_path):
+    config.run.init_from = None
+    config.model.projector.standardise = False
+    run = finished(config, tmp_path / "run")
+    config.run.init_from, config.model.plora.alpha = str(run.path), 8.0
+    initial.check(config)
 
 
 CLIP = {"name": "vit_large_patch14_clip_quickgelu_336", "patch": 14, "overrides": {"embed_dim": 32, "depth": 2, "num_heads": 2}}
