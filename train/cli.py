@@ -87,7 +87,7 @@ shards with their index, tokenizer, config.json (its auto_map names the official
   xc-train export runs/pretrain_7b hub/my-xcomposer2
   xc-train export runs/pretrain_7b/checkpoints/step-00002000 hub/step-2000
 
-It says whether the frozen language model is bitwise what the stage began from, and where PLoRA's rank or scale are not what engines
+It says what of the language model is bitwise what the stage began from, and where PLoRA's ranks, scales or mode are not what engines
 take for granted. The folder can be given as run.init_from again, bitwise (docs/weights.md)."""
 _PREPARE = """Compiles DeepSpeed's CPU communication kernel, once an environment: about a minute, with g++ and ninja, no CUDA compiler.
 xc-train run does it where it is missing; installers call it so that the minute is paid where it is seen. Nothing to do on GPUs."""
