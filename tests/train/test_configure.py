@@ -61,7 +61,7 @@ def test_a_base_that_leads_back_to_itself_is_refused(tmp_path):
 
 def test_only_what_shapes_the_result_makes_two_configs_differ():
     one = configure.load(DEMO[1])
-    cadence = ["data.workers=7", "track.every=99", "checkpoint.every=3", "deepspeed.stage=1", "run.name=x"]
+    cadence = ["data.workers=7", "track.every=99", "checkpoint.every=3", "deepspeed.stage=1", "run.name=x", "train.attention=sdpa"]
     assert configure.shaping_difference(one, configure.load(DEMO[1], cadence)) is None
     for override, key in [("train.lr=1", "train.lr"), ("data.context=64", "data.context"), ("run.seed=5", "run.seed")]:
         assert configure.shaping_difference(one, configure.load(DEMO[1], [override])) == key

@@ -204,7 +204,11 @@ def test_of_text_only_logits_no_more_is_claimed_than_is_true(config, tmp_path, c
         (
             (LowRankMode.plora, FROZEN, f"{kept.format(17)}: so are text-only logits"),
             (LowRankMode.plora, upper, f"{kept.format(14)}; its other 3 were trained: {other}"),
-            (LowRankMode.lora, FROZEN, f"{kept.format(17)}; but low-rank weights act on text too (model.plora.mode: lora): {other}"),
+            (
+                LowRankMode.lora,
+                FROZEN,
+                f"{kept.format(17)}; but low-rank weights act on text too (model.plora.mode: lora): text-only logits may be others",
+            ),
         )
     ):
         config.model.plora.mode, config.train.groups = mode, groups

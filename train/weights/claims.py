@@ -53,7 +53,7 @@ def unchanged(config: Config, model: XComposer2, read: Callable[[str], Tensor], 
     if frozen != base:
         return f"{found}; its other {len(base - frozen)} were trained: text-only logits are not those that it began with"
     if config.model.plora.mode is LowRankMode.lora:
-        return f"{found}; but low-rank weights act on text too (model.plora.mode: lora): text-only logits are not those that it began with"
+        return f"{found}; but low-rank weights act on text too (model.plora.mode: lora): text-only logits may be others"
     return f"{found}: so are text-only logits"
 
 

@@ -47,6 +47,7 @@ def refused(capfd):
         ("train.groups=[]", "train.groups"),
         ("train.warmup_steps=10", "train.warmup"),
         ("profile.steps=[3]", "profile.steps"),
+        ("train.attention=flash", "train.attention"),  # in fp32
         ("checkpoint.keep_last=0", "keep_last"),
         ("guard.window=1", "guard"),
         ("guard={in_a_row: 0, then: rollback}", "guard.then"),
