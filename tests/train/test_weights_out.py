@@ -301,6 +301,25 @@ def test_low_rank_weights_that_never_moved_bind_no_later_stage_to_their_scale(co
     initial.check(config)
 
 
+def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, environment):
+    from train.weights import checkpointed
+
+    ran = tmp_path / "ran"
+
+    class Code:
+        def __reduce__(self):
+            return Path.touch, (ran,)
+
+    folder = tmp_path / "step-00000001"
+    folder.mkdir()
+    for name, read in (("mp_rank_00", checkpointed._whole), ("zero_pp_rank_0_mp_rank_00", checkpointed._partitioned)):
+        torch.save({"module": {"head.weight": torch.zeros(2)}, "more": Code()}, folder / f"{name}_model_states.pt")
+        torch.save({"optimizer_state_dict": {"zero_stage": 3, "partition_count": 1, "more": Code()}}, folder / f"{name}_optim_states.pt")
+        with pytest.raises(UserError, match="might be code"):
+            read(folder)
+    assert not ran.exists()
+
+
 CLIP = {"name": "vit_large_patch14_clip_quickgelu_336", "patch": 14, "overrides": {"embed_dim": 32, "depth": 2, "num_heads": 2}}
 
 
