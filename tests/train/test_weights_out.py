@@ -3,6 +3,7 @@
 import json
 import shutil
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -86,9 +87,12 @@ def xc_train(*arguments: object) -> int:
     return int(ended.value.code or 0)
 
 
-def test_in_and_out_and_in_again_is_bitwise(config, released, tmp_path, capsys):
+@pytest.mark.parametrize("shard_bytes", [hub.SHARD_BYTES, 20_000], ids=["one shard", "shards"])
+def test_in_and_out_and_in_again_is_bitwise(config, released, shard_bytes, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(hub, "write", partial(hub.write, shard_bytes=shard_bytes))
     run = finished(config, tmp_path / "run")
     assert xc_train("export", run.path, tmp_path / "out") == EXIT_DONE
+    assert (len(list((tmp_path / "out").glob("*.safetensors"))) > 3) == (shard_bytes == 20_000)
     before, after = tensors_of(released), tensors_of(tmp_path / "out")
     assert set(before) - set(after) == {n for n in before if "post_layernorm" in n or "position_ids" in n}
     assert all(t.dtype == torch.bfloat16 and torch.equal(t, before[n]) for n, t in after.items())
