@@ -13,6 +13,7 @@ from train.config import Config
 from train.device import Device
 from train.engine import partition
 from train.flops import StepCost
+from train.model.attention import choose_backend
 from train.model.xcomposer2 import XComposer2
 from train.optim import Group
 from train.ranks import Ranks
@@ -27,14 +28,17 @@ class Built:
     trained: list[Group]
     frozen: list[Group]
     cost: StepCost
+    attention: str
+    """The backend that runs: flash, torch_varlen or sdpa."""
 
 
 def build_model(config: Config, device: Device, ranks: Ranks | None = None) -> Built:
     """The model with the stage's starting weights; under ZeRO-3 all `ranks` call it.
 
     Raises:
-        UserError: weights that do not fit, or rules that leave nothing to train.
+        UserError: weights that do not fit, rules that leave nothing to train, or an attention backend that is not there.
     """
+    attention = choose_backend(device.torch_device, device.dtype, config.train.attention.value)
     with torch.device("meta"):
         model = XComposer2(config.model, config.data.images.size, config.data.images.tokens)
     model = model.to(device.dtype)
@@ -46,5 +50,5 @@ def build_model(config: Config, device: Device, ranks: Ranks | None = None) -> B
     else:
         model.to_empty(device=device.torch_device)
         initial.fill(dict(model.named_parameters()))
-    model.apply_cost_settings(config.train.checkpointing, config.train.compile)
-    return Built(model, trained, frozen, cost)
+    model.apply_cost_settings(config.train.checkpointing, config.train.compile, attention)
+    return Built(model, trained, frozen, cost, attention)

@@ -95,7 +95,7 @@ shards with their index, tokenizer, config.json (its auto_map names the official
   xc-train export runs/pretrain_7b hub/my-xcomposer2
   xc-train export runs/pretrain_7b/checkpoints/step-00002000 hub/step-2000
 
-It says whether the frozen language model is bitwise what the stage began from, and where PLoRA's rank or scale are not what engines
+It says what of the language model is bitwise what the stage began from, and where PLoRA's ranks, scales or mode are not what engines
 take for granted. The folder can be given as run.init_from again, bitwise (docs/weights.md)."""
 _PREPARE = """Compiles DeepSpeed's CPU communication kernel, once an environment: about a minute, with g++ and ninja, no CUDA compiler.
 xc-train run does it where it is missing; installers call it so that the minute is paid where it is seen. Nothing to do on GPUs.
@@ -120,7 +120,7 @@ def _run(args: argparse.Namespace) -> int:
     if len(set(dirs)) < len(dirs):
         raise UserError(f"two stages share run.dir {next(d for d in dirs if dirs.count(d) > 1)} (give each its own)")
     for i, config in enumerate(configs):
-        _check_stage(config, earlier=dirs[:i])
+        _check_stage(config, earlier=configs[:i])
 
     from train.extensions import prepare_deepspeed, prepared
     from train.launch import run_stage
@@ -159,8 +159,8 @@ def _plan(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _check_stage(config: Config, earlier: list[str]) -> None:
-    """Opens the data and compares with what the run directory holds, before anything is started.
+def _check_stage(config: Config, earlier: list[Config]) -> None:
+    """Opens the data and compares with what the run directory and the stages before hold, before anything is started.
 
     Raises:
         UserError: what is wrong, where, and the cure.
@@ -168,6 +168,7 @@ def _check_stage(config: Config, earlier: list[str]) -> None:
     from data_pipeline.opened import open_data
     from data_pipeline.shards.source import ShardSource
     from train import configure
+    from train.weights import meaning
 
     data = open_data(config.data, config.run.seed, config.train.steps)
     rows, words = config.model.decoder.vocab, data.tokenizer.size
@@ -181,7 +182,13 @@ def _check_stage(config: Config, earlier: list[str]) -> None:
         held_out["evaluate.text"] = config.evaluate.text
     for name, folder in held_out.items():
         ShardSource(name, folder, key=name).require_tokenizer(data.tokenizer.digest)
-    if configure.named_weights(config) and config.run.init_from not in earlier:
+    named = configure.named_weights(config)
+    before = next((stage for stage in earlier if stage.run.dir == config.run.init_from), None)
+    if before is not None:
+        trained = meaning.trains_low_rank(before.model, before.train)
+        for key, what in meaning.differences(before.model, config.model, config.data.context, trained).items():
+            raise UserError(f"{config.run.name}: {key}: {before.run.name}, which it begins from, has {what} (give both the same)")
+    elif named:
         from train.weights import initial  # and with it torch and the model, which nothing else here waits for
 
         initial.check(config)

@@ -90,6 +90,15 @@ class Checkpointing:
     """With kind `every`: the first of each so many blocks is checkpointed; 1 is `full`."""
 
 
+class Attention(Enum):
+    """What computes attention inside segments; results differ by rounding."""
+
+    auto = "auto"  # flash where it is installed, else torch_varlen; sdpa on CPUs and in fp32
+    flash = "flash"  # flash-attn 2: a GPU and bf16
+    torch_varlen = "torch_varlen"  # torch.nn.attention.varlen: a GPU and bf16
+    sdpa = "sdpa"  # torch's scaled_dot_product_attention, segments of like length together: everywhere
+
+
 @dataclass
 class TrainConfig:
     """How the weights move."""
@@ -118,6 +127,8 @@ class TrainConfig:
     groups: list[GroupRule] = field(default_factory=list)
     """Ordered rules, first match wins; a parameter that no rule matches is an error."""
     precision: Precision = Precision.auto
+    attention: Attention = Attention.auto
+    """auto, flash, torch_varlen or sdpa; may be changed when a run goes on."""
     checkpointing: Checkpointing = field(default_factory=Checkpointing)
     """Activation checkpointing; may be changed when a run goes on."""
     compile: bool = False

@@ -11,7 +11,7 @@ from omegaconf import MISSING, OmegaConf
 from data_pipeline import configure
 from data_pipeline.config import Change, ImageRule, MixUnit
 from data_pipeline.errors import UserError
-from train.config import Config, DeepSpeedConfig, GuardThen, OffloadTo, Schedule
+from train.config import Attention, Config, DeepSpeedConfig, GuardThen, OffloadTo, Precision, Schedule
 
 CADENCE = ("workers", "prefetch", "change", "read_stall", "read_deadline", "cache_dir", "cache_gib")
 """Keys of `data` that shape no result."""
@@ -107,7 +107,7 @@ def _difference(a: Any, b: Any, path: str, passed: tuple[str, ...]) -> str | Non
         for key in [*a, *(k for k in b if k not in a)]:
             if (path == "data" and key in passed) or (path.startswith("data.sources.") and key == "errors"):
                 continue
-            if path == "train" and key == "checkpointing":  # memory for time: rounding at most
+            if path == "train" and key in ("checkpointing", "attention"):  # memory for time: rounding at most
                 continue
             found = _difference(a.get(key), b.get(key), f"{path}.{key}", passed)
             if found:
@@ -152,6 +152,10 @@ def _check(config: Config, where: str) -> None:
     _check_engine(config.deepspeed, where)
     if config.train.checkpointing.every < 1:
         raise UserError(f"{where}: train.checkpointing.every is {config.train.checkpointing.every} (use 1 or more)")
+    if config.train.attention in (Attention.flash, Attention.torch_varlen) and config.train.precision is Precision.fp32:
+        raise UserError(
+            f"{where}: train.attention: {config.train.attention.value} knows no fp32 (set train.precision=bf16, or train.attention=auto)"
+        )
     if config.train.compile and config.deepspeed.stage == 3:
         raise UserError(
             f"{where}: train.compile does not go with deepspeed.stage 3, whose hooks cut every graph (use stage 2, or do not compile)"

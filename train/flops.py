@@ -100,17 +100,21 @@ class StepCost:
         """Reads shapes and `requires_grad`; the model may lie on the meta device, but not under ZeRO-3, which empties weights."""
         return StepCost(tuple(_Walk(checkpointing).products_of(model)), model.head.chunk_rows)
 
-    def by_part(self, shape: Shape) -> dict[str, Flops]:
-        """The cost of a micro-batch, forward and backward, by part of the model."""
+    def by_part(self, shape: Shape, chunked: int | None = None) -> dict[str, Flops]:
+        """The cost of a micro-batch, forward and backward, by part of the model; of several as one shape where `chunked` is given.
+
+        `chunked`: targets whose logits are computed twice, which are those of micro-batches with more than `chunk_rows`.
+        """
         counts = shape.counts()
+        if chunked is None:
+            chunked = shape.targets if shape.targets > self.chunk_rows else 0
         found: dict[str, list[int]] = {}
         for product in self.products:
-            again = product.recomputed
-            if product.unit == "target" and product.backward and shape.targets > self.chunk_rows:
-                again = product.forward
             total = found.setdefault(product.part, [0, 0, 0])
-            for i, each in enumerate((product.forward, product.backward, again)):
+            for i, each in enumerate((product.forward, product.backward, product.recomputed)):
                 total[i] += counts[product.unit] * each
+            if product.unit == "target" and product.backward:
+                total[2] += chunked * product.forward
         return {part: Flops(*total) for part, total in found.items()}
 
     def total(self, shape: Shape) -> Flops:

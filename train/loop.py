@@ -102,7 +102,8 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
     figures = Figures(config, data, optim.highest_scales(built.trained), run.lived_s() + time.time() - watchdog.began)
     if ranks.rank == 0:
         begins = f"resumed from step {state.step}" if resumed else "started"
-        about = f"{config.run.name}: {begins}, {ranks.world} ranks, ZeRO-{config.deepspeed.stage}, {device.dtype} ({device.reason})"
+        engine_of = f"ZeRO-{config.deepspeed.stage}, {device.dtype} ({device.reason}), attention by {built.attention}"
+        about = f"{config.run.name}: {begins}, {ranks.world} ranks, {engine_of}"
         life = run.begin_life(
             began=watchdog.began,
             resumed_from=state.step if resumed else None,

@@ -13,7 +13,7 @@ from torch import nn
 from data_pipeline.batch import PackedBatch
 from data_pipeline.errors import UserError
 from data_pipeline.part import part_of
-from train.config import Checkpointing, Config
+from train.config import Checkpointing, Config, OffloadTo
 from train.flops import Shape
 from train.model.decoder import CHUNK_LOGITS, Layer
 from train.model.recompute import is_recomputed
@@ -32,7 +32,7 @@ GATHERED = 1_000_000_000
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank on its device, and on its host where the engine offloads."""
+    """Bytes of one rank on its device, and outside it where the engine offloads."""
 
     weights: int
     gradients: int
@@ -44,12 +44,13 @@ class Memory:
     """ZeRO-3: the weights of the largest block, whole while it runs."""
     activations: int
     """Kept for the backward pass of the heaviest micro-batch, with what its largest block needs while it runs."""
-    host: int
+    offloaded: int
+    """In the host's memory, or on its disk (nvme)."""
 
     @property
     def device(self) -> int:
         """All that lies on the device."""
-        return sum(getattr(self, f.name) for f in fields(self)) - self.host
+        return sum(getattr(self, f.name) for f in fields(self)) - self.offloaded
 
 
 def require_trainable(stage: int, dtype: torch.dtype) -> None:
@@ -70,7 +71,7 @@ def states(model: nn.Module, config: Config, world: int, dtype: torch.dtype) -> 
     Raises:
         UserError: see `require_trainable`.
     """
-    stage, size = config.deepspeed.stage, dtype.itemsize
+    stage, size, offload = config.deepspeed.stage, dtype.itemsize, config.deepspeed.offload
     zero: dict[str, Any] = config.deepspeed.extra.get("zero_optimization", {})
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -80,20 +81,24 @@ def states(model: nn.Module, config: Config, world: int, dtype: torch.dtype) -> 
     if stage == 0:
         return Memory(size * whole, FP32 * trained, 2 * FP32 * trained, 0, 0, 0, 0)
     bucket = size * min(trained, int(zero.get("reduce_bucket_size", REDUCE_BUCKET)))
-    optimizer, gradients, weights, gathered, host = 3 * FP32 * part, FP32 * part, size * whole, 0, 0
+    optimizer, gradients, weights, gathered, offloaded = 3 * FP32 * part, FP32 * part, size * whole, 0, 0
     if stage == 3:
         small = sum(p.numel() for p in parameters if p.numel() < int(zero.get("stage3_param_persistence_threshold", PERSISTENT)))
-        weights = size * (-(-whole // world) + small)
+        partitioned = size * -(-whole // world)
+        node = int(zero.get("zero_hpz_partition_size", config.deepspeed.zero_pp.partition_ranks))
+        if node > 1:  # ZeRO++'s second copy
+            partitioned += size * -(-whole // node)
+        weights = partitioned + size * small
         largest = max((sum(p.numel() for p in block.parameters()) for block in _gathered_together(model)), default=0)
         gathered = size * min(largest, int(zero.get("stage3_max_live_parameters", GATHERED)))
-        if _offloaded(zero, "offload_param"):
-            weights, host = size * small, size * -(-whole // world)
+        if _offloads(offload.parameters, zero.get("offload_param", {})):
+            weights, offloaded = size * small, partitioned
     if stage == 1:  # whole, and in bf16 as the backward pass gave them beside their fp32 sums
         gradients = (FP32 + (size if dtype is torch.bfloat16 else 0)) * trained
-    if _offloaded(zero, "offload_optimizer"):
-        host += optimizer + gradients
+    if _offloads(offload.optimizer, zero.get("offload_optimizer", {})):
+        offloaded += optimizer + gradients
         optimizer = gradients = 0
-    return Memory(weights, gradients, optimizer, bucket, gathered, 0, host)
+    return Memory(weights, gradients, optimizer, bucket, gathered, 0, offloaded)
 
 
 def activations(model: XComposer2, shape: Shape, checkpointing: Checkpointing, dtype: torch.dtype) -> int:
@@ -171,5 +176,6 @@ def _trained(modules: Iterable[nn.Module]) -> bool:
     return any(p.requires_grad for module in modules for p in module.parameters())
 
 
-def _offloaded(zero: dict[str, Any], key: str) -> bool:
-    return (zero.get(key) or {}).get("device", "none") != "none"
+def _offloads(typed: OffloadTo, extra: dict[str, Any] | None) -> bool:
+    """Whether something leaves the device: by `deepspeed.offload`, unless `deepspeed.extra` says otherwise; null switches it off."""
+    return extra is not None and extra.get("device", typed.value) != "none"

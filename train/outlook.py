@@ -5,6 +5,7 @@ Invariant: the model is built on the meta device only, so a laptop can plan what
 
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 
 from data_pipeline.errors import UserError
@@ -137,13 +138,16 @@ def _planned_step(config: Config, data: Data, cost: StepCost) -> tuple[dict[str,
     """Mean cost of a step by part, and its mean number of packs."""
     total: dict[str, Flops] = {}
     cursor, steps, packs = Cursor(0, 0), 0, 0
-    each = config.data.images.tokens
     for _ in range(SAMPLED_STEPS):
         batch = data.plan.global_batch(cursor)
         steps, packs, cursor = steps + 1, packs + len(batch), batch.cursor
-        tokens, images = batch.pieces.tokens.tolist(), int(batch.pieces.images.sum())
-        shape = Shape(tuple(tokens), images, images * each, sum(tokens) - images * each)
-        for part, flops in cost.by_part(shape).items():
+        tokens = batch.pieces.tokens.astype(np.int64) - ~batch.pieces.last  # a piece that does not end its sample has no end token
+        image_tokens = data.plan.image_tokens(batch.pieces)
+        micro_batches = batch.pack_starts[: -1 : config.data.micro_packs]
+        words = np.add.reduceat(tokens - image_tokens, micro_batches)
+        tiles = int(batch.pieces.images.sum())
+        shape = Shape(tuple(tokens.tolist()), tiles, int(image_tokens.sum()), int(words.sum()))
+        for part, flops in cost.by_part(shape, chunked=int(words[words > cost.chunk_rows].sum())).items():
             before = total.get(part, Flops(0, 0, 0))
             total[part] = Flops(*(a + b for a, b in zip(before, flops, strict=True)))
         if batch.done:

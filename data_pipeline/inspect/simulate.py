@@ -20,7 +20,7 @@ from data_pipeline.configure import load_data_view
 from data_pipeline.errors import UserError
 from data_pipeline.inspect.shuffle import OneShard, neighbour_distance, one_shard
 from data_pipeline.loader import StepSampler
-from data_pipeline.opened import Data, image_policy, open_data
+from data_pipeline.opened import Data, open_data
 from data_pipeline.plan.balance import EMPTY, CostModel, cost
 from data_pipeline.plan.plan import Cursor, Packs
 from data_pipeline.plan.split import Pieces
@@ -157,7 +157,6 @@ class _Walk:
     def __init__(self, section: DataConfig, data: Data, world: int, model: CostModel) -> None:
         self.done, self.progress = False, 0.0
         self._section, self._data, self._world, self._model = section, data, world, model
-        self._policy = image_policy(section.images)
         self._first_rows = [np.asarray(source.facts.shard_first_rows) for source in data.sources]
         self._draws: list[list[np.ndarray]] = [[] for _ in data.sources]
         self._drawn = [0] * len(data.sources)
@@ -198,7 +197,7 @@ class _Walk:
         laid = -(-(tokens + 1) // T_BUCKET) * T_BUCKET
         costs = dealt(cost(pieces.tokens, pieces.images, starts, self._model))
         mean = costs.sum() / self._world
-        of_rank = dealt(np.add.reduceat(self._image_tokens(pieces), starts[:-1])).sum(0)
+        of_rank = dealt(np.add.reduceat(self._data.plan.image_tokens(pieces), starts[:-1])).sum(0)
         begins = (pieces.start_element == 0) & (pieces.start_offset == 0)
         rows = [pieces.row[begins & (pieces.source == s)] for s in range(sources)]
         self._note(number, pieces, begins, rows)
@@ -219,17 +218,6 @@ class _Walk:
             shuffle=one_shard([self._shards(s, rows[s]) for s in range(sources)]),
             uniform=one_shard([self._shards(s, self._anywhere(s, len(rows[s]))) for s in range(sources)]),
         )
-
-    def _image_tokens(self, pieces: Pieces) -> np.ndarray:
-        """int64 image tokens of each piece."""
-        found = np.zeros(len(pieces), np.int64)
-        for s, source in enumerate(self._data.sources):
-            mine = np.flatnonzero(pieces.source == s)
-            counts, elements = source.elements(pieces.row[mine])
-            before = np.concatenate([[0], np.cumsum(self._policy.image_tokens(elements))])
-            starts = np.cumsum(counts) - counts
-            found[mine] = before[starts + pieces.end_element[mine]] - before[starts + pieces.start_element[mine]]
-        return found
 
     def _note(self, number: int, pieces: Pieces, begins: np.ndarray, rows: list[np.ndarray]) -> None:
         for s, of_source in enumerate(rows):

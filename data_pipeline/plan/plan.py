@@ -179,6 +179,17 @@ class Plan:
         done = cursor.window == self.windows
         return GlobalBatch(packs.pieces, packs.pack_starts, cursor, done=done, progress=self._progress(cursor))
 
+    def image_tokens(self, pieces: Pieces) -> np.ndarray:
+        """int64 image tokens of each piece; reads the index of its sample."""
+        found = np.zeros(len(pieces), np.int64)
+        for s, source in enumerate(self._sources):
+            mine = np.flatnonzero(pieces.source == s)
+            counts, elements = source.elements(pieces.row[mine])
+            before = np.concatenate([[0], np.cumsum(self._policy.image_tokens(elements))])
+            starts = np.cumsum(counts) - counts
+            found[mine] = before[starts + pieces.end_element[mine]] - before[starts + pieces.start_element[mine]]
+        return found
+
     def drawn(self, cursor: Cursor) -> Drawn:
         """What a checkpoint at `cursor` keeps, so that another plan can take over there."""
         names = [source.name for source in self._sources]

@@ -9,6 +9,7 @@ from data_pipeline.inspect.simulate import default_cost
 from train import configure
 from train.config import Config, Precision, Stage
 from train.flops import cost_model
+from train.weights import meaning
 
 DEMO = sorted(Path(__file__).resolve().parents[2].glob("configs/demo/[0-9]*.yaml"))
 
@@ -26,6 +27,20 @@ def test_each_demo_stage_begins_where_the_one_before_ended():
     assert [c.run.stage for c in configs] == [Stage.language, Stage.pretrain, Stage.sft]
     assert [c.run.init_from for c in configs] == [None, configs[0].run.dir, configs[1].run.dir]
     assert all(c.model == configs[0].model for c in configs)
+
+
+def test_in_every_chain_of_stages_that_is_shipped_weights_mean_the_same() -> None:
+    shipped = [configure.load(path) for path in sorted(DEMO[0].parents[1].rglob("*.yaml")) if "base" not in path.stem]
+    links = [(b, a) for a in shipped for b in shipped if a.run.init_from == b.run.dir]
+    assert len(links) >= 6
+    for before, after in links:
+        assert meaning.differences(before.model, after.model, after.data.context, low_rank=True) == {}
+    before, after = next(link for link in links if link[1].run.name == "sft-7b")
+    before.model.plora.alpha = 512.0
+    assert meaning.trains_low_rank(before.model, before.train)
+    found = meaning.differences(before.model, after.model, after.data.context, low_rank=True)
+    assert found == {"model.plora.alpha": "512 at rank 256, not 256 at rank 256"}
+    assert not meaning.trains_low_rank(*(getattr(configure.load(DEMO[0]), section) for section in ("model", "train")))
 
 
 def test_a_layer_overrides_its_base_and_the_command_line_overrides_both(tmp_path):
@@ -46,7 +61,7 @@ def test_a_base_that_leads_back_to_itself_is_refused(tmp_path):
 
 def test_only_what_shapes_the_result_makes_two_configs_differ():
     one = configure.load(DEMO[1])
-    cadence = ["data.workers=7", "track.every=99", "checkpoint.every=3", "deepspeed.stage=1", "run.name=x"]
+    cadence = ["data.workers=7", "track.every=99", "checkpoint.every=3", "deepspeed.stage=1", "run.name=x", "train.attention=sdpa"]
     assert configure.shaping_difference(one, configure.load(DEMO[1], cadence)) is None
     for override, key in [("train.lr=1", "train.lr"), ("data.context=64", "data.context"), ("run.seed=5", "run.seed")]:
         assert configure.shaping_difference(one, configure.load(DEMO[1], [override])) == key

@@ -4,8 +4,12 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from hub_folders import stage_config
 
-from train.config import Config, DeepSpeedConfig, OffloadConfig, OffloadTo, ZeroPPConfig
+from data_pipeline.errors import UserError
+from train.build import build_model
+from train.config import Attention, Config, DeepSpeedConfig, GroupRule, OffloadConfig, OffloadTo, ZeroPPConfig
+from train.device import Device
 from train.engine import engine_json
 
 ON_THIS_DEVICE = {"contiguous_gradients": False} if get_accelerator().device_name() == "cpu" else {}
@@ -38,3 +42,13 @@ def test_extra_overrides_one_key_of_a_section_and_leaves_the_others():
     made = settings(stage=1, extra={"zero_optimization": {"allgather_bucket_size": 7, "stage": 2}, "wall_clock_breakdown": True})
     assert made["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000, "allgather_bucket_size": 7} | ON_THIS_DEVICE
     assert made["wall_clock_breakdown"] is True
+
+
+def test_a_life_has_the_attention_backend_that_is_set_or_does_not_begin():
+    config = stage_config()
+    config.train.groups = [GroupRule(".*")]
+    cpu = Device(torch.device("cpu"), torch.bfloat16, "as configured")
+    assert build_model(config, cpu).attention == "sdpa"
+    config.train.attention = Attention.torch_varlen
+    with pytest.raises(UserError, match=r"^train\.attention: torch_varlen needs a GPU"):
+        build_model(config, cpu)

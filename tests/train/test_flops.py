@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from train.config import Checkpointing, Recompute
 from train.flops import Flops, Shape, StepCost, peak_flops
 from train.model.xcomposer2 import XComposer2
+from train.model_config import LowRankMode
 
 TRAINED = {
     "language": lambda name: name.startswith(("decoder", "head")) and "plora" not in name,
@@ -30,9 +31,9 @@ LINEAR = ("mm", "addmm")
 """What linears become; plain attention is `bmm` and `baddbmm`."""
 
 
-def model_of(trained: str, mode: str, layers: int = 3) -> XComposer2:
+def model_of(trained: str, mode: str, layers: int = 3, low_rank: LowRankMode = LowRankMode.plora) -> XComposer2:
     config = tiny_config()
-    config.decoder.layers = layers
+    config.decoder.layers, config.plora.mode = layers, low_rank
     model = XComposer2(config, IMAGE_SIZE)
     model.init_weights(0)
     for name, parameter in model.named_parameters():
@@ -56,6 +57,22 @@ def test_products_are_those_that_torch_counts(trained: str, mode: str) -> None:
     assert ours == pytest.approx(theirs, rel=0.01)
     recomputed = sum(flops.recomputed for flops in parts.values())
     assert (recomputed > 0) == (mode != "none" and trained != "head alone")
+
+
+@pytest.mark.parametrize(
+    ("low_rank", "trained", "mode"),
+    [
+        *product([LowRankMode.lora], ["language", "pretrain", "sft", "PLoRA alone"], ["none", "full"]),
+        *product([LowRankMode.none], ["language", "sft"], ["none", "full"]),
+    ],
+)
+def test_products_of_low_rank_weights_on_all_tokens_or_on_none_are_those_that_torch_counts(low_rank, trained: str, mode: str) -> None:
+    model, batch = model_of(trained, mode, low_rank=low_rank), batch_of(mixed_segments())
+    parts = StepCost.of(model, MODES[mode]).by_part(Shape.of(batch))
+    assert ("plora" in parts) == (low_rank is LowRankMode.lora)
+    ours = sum(flops.hardware for part, flops in parts.items() if part != "attention")
+    theirs = sum(flops for name, flops in counted(model, batch).items() if name in LINEAR)
+    assert ours == pytest.approx(theirs, rel=0.01)
 
 
 def test_logits_of_many_targets_are_computed_twice() -> None:

@@ -4,8 +4,11 @@ import math
 
 import pytest
 import torch
+from batches import batch_of, mixed_segments, tiny_model
 from torch import Tensor
 
+from data_pipeline.errors import UserError
+from train.config import Attention, Checkpointing
 from train.model import attention
 from train.model.attention import Segments, choose_backend, varlen_attention
 
@@ -48,24 +51,38 @@ def test_segments_attend_as_under_a_dense_mask(heads: int, kv_heads: int, longes
         torch.testing.assert_close(grad, expected_grad, atol=5e-6, rtol=0)
 
 
-@pytest.mark.parametrize("longest_plain", [512, 0], ids=["plain", "kernel"])
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "longest_plain"),
+    [
+        pytest.param("sdpa", "cpu", 512, id="plain"),
+        pytest.param("sdpa", "cpu", 0, id="kernel"),
+        *(pytest.param(backend, "cuda", 512, id=f"gpu {backend}", marks=ON_GPU) for backend in ("flash", "torch_varlen", "sdpa")),
+    ],
+)
 @pytest.mark.parametrize("broken", range(len(LENGTHS)))
-def test_nan_stays_in_its_segment_forward_and_backward(broken: int, longest_plain: int, monkeypatch) -> None:
+def test_nan_stays_in_its_segment_forward_and_backward(broken: int, backend: str, device: str, longest_plain: int, monkeypatch) -> None:
+    if backend == "flash":
+        pytest.importorskip("flash_attn")
     monkeypatch.setattr(attention, "LONGEST_PLAIN", longest_plain)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
     start = sum(LENGTHS[:broken])
     sound = torch.ones(sum(LENGTHS), dtype=torch.bool)
     sound[start : start + LENGTHS[broken]] = False
     results = []
     for poison in (False, True):
-        qkv = inputs(LENGTHS, 4, 2)
+        qkv = [x.detach().to(device, dtype).requires_grad_() for x in inputs(LENGTHS, 4, 2, size=64)]
         if poison:
             for x in qkv:
                 x.data[~sound] = math.nan
-        out = varlen_attention(*qkv, segments_of(LENGTHS))
-        results.append([out, *torch.autograd.grad(out.square().sum(), qkv)])
+        out = varlen_attention(*qkv, segments_of(LENGTHS, dtype, device, backend))
+        results.append([x.cpu() for x in (out, *torch.autograd.grad(out.square().sum(), qkv))])
+    bitwise = {"atol": 0, "rtol": 0} if device == "cpu" else {"atol": 0.02, "rtol": 0.02}  # GPUs add gradients up in any order
     for clean, poisoned in zip(*results, strict=True):
+        torch.testing.assert_close(poisoned[sound], clean[sound], **bitwise)
         assert poisoned[sound].isfinite().all()
-        assert torch.equal(clean[sound], poisoned[sound])
     assert results[1][0][~sound].isnan().all()
 
 
@@ -83,11 +100,36 @@ def test_backend_follows_device_and_precision(monkeypatch) -> None:
     for installed, backend in ((True, "flash"), (False, "torch_varlen")):
         monkeypatch.setattr(attention, "_has_flash_attn", lambda installed=installed: installed)
         assert choose_backend(cuda) == backend
+        assert choose_backend(cuda, wanted="torch_varlen") == "torch_varlen"
+        assert choose_backend(cuda, wanted="sdpa") == "sdpa"
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("backend", ["flash", "torch_varlen", "sdpa"])
+@pytest.mark.parametrize(
+    ("device", "dtype", "wanted", "lacks"),
+    [
+        ("cpu", torch.bfloat16, "flash", "needs a GPU"),
+        ("cpu", torch.float32, "torch_varlen", "needs a GPU"),
+        ("cuda", torch.float32, "torch_varlen", "needs train.precision bf16"),
+        ("cuda", torch.bfloat16, "flash", "needs flash-attn, which is not installed"),
+    ],
+)
+def test_a_backend_that_is_not_there_is_refused_in_one_line_with_a_cure(device, dtype, wanted, lacks, monkeypatch) -> None:
+    monkeypatch.setattr(attention, "_has_flash_attn", lambda: False)
+    with pytest.raises(UserError, match=rf"^train\.attention: {wanted} {lacks} \(.*train\.attention=auto.*\)$"):
+        choose_backend(torch.device(device), dtype, wanted)
+
+
+def test_the_model_attends_with_the_backend_that_is_set() -> None:
+    model, batch = tiny_model(), batch_of(mixed_segments())
+    for setting in (Attention.auto, Attention.sdpa):
+        model.apply_cost_settings(Checkpointing(), attention=setting.value)
+        assert model(batch).loss_sum.isfinite()
+    model.apply_cost_settings(Checkpointing(), attention="flash")
+    with pytest.raises(UserError, match=r"^train\.attention: flash needs a GPU"):
+        model(batch)
+
+
+@pytest.mark.parametrize("backend", [pytest.param(name, marks=ON_GPU) for name in ("flash", "torch_varlen", "sdpa")])
 def test_gpu_backends_attend_as_under_a_dense_mask(backend: str) -> None:
     if backend == "flash":
         pytest.importorskip("flash_attn")

@@ -1,6 +1,8 @@
 """`xc-train plan` says what a stage costs: from the config alone, from the data where it is indexed, and for the 7B on a laptop."""
 
 import re
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -8,12 +10,15 @@ import torch
 from batches import IMAGE_SIZE, tiny_config
 from stages import stage_settings
 
+from data_pipeline.loader import Loader
+from data_pipeline.opened import open_data
+from data_pipeline.plan.origin import Cursor
 from train import cli, configure, memory
-from train.config import Checkpointing, Config, GroupRule, Recompute
-from train.flops import Shape
+from train.config import Checkpointing, Config, GroupRule, OffloadConfig, OffloadTo, Recompute
+from train.flops import Shape, StepCost, cost_model
 from train.model import attention
 from train.model.xcomposer2 import XComposer2
-from train.outlook import Machine, look, page
+from train.outlook import SAMPLED_STEPS, Machine, look, page
 from train.rehearsal import heaviest_batch
 
 GPU = Machine(gpus=64, memory_gib=80, peak=989e12, mfu=0.4)
@@ -42,17 +47,41 @@ def test_the_7b_is_planned_without_weights_or_data() -> None:
     assert "days on 64 GPUs at 40% MFU" in text
 
 
-def test_more_zero_and_checkpointing_need_less_and_offload_moves_the_optimizer_to_the_host() -> None:
+def test_more_zero_and_checkpointing_need_less() -> None:
     needs = []
     for stage, kind in ((1, Recompute.none), (2, Recompute.none), (2, Recompute.full), (3, Recompute.full)):
         config = pretraining_7b()
         config.deepspeed.stage, config.train.checkpointing = stage, Checkpointing(kind)
         needs.append(look(config, GPU).memory)
     assert [m.device for m in needs] == sorted((m.device for m in needs), reverse=True)
-    config.deepspeed.extra = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-    offloaded = look(config, GPU).memory
-    assert offloaded.optimizer == offloaded.gradients == 0
-    assert offloaded.host >= needs[-1].optimizer
+    assert "offloaded" not in page(config, GPU)
+    config.deepspeed.offload.optimizer = OffloadTo.cpu
+    assert "offloaded" in page(config, GPU)
+
+
+def test_what_is_offloaded_is_counted_outside_the_gpu_whichever_key_says_so() -> None:
+    config = pretraining_7b()
+    config.deepspeed.stage = 3
+    with torch.device("meta"):
+        model = XComposer2(config.model, config.data.images.size)
+
+    def states(typed: OffloadConfig, **extra: dict | None) -> memory.Memory:
+        config.deepspeed.offload, config.deepspeed.extra = typed, {"zero_optimization": extra}
+        return memory.states(model, config, 64, torch.bfloat16)
+
+    nothing, moved = states(OffloadConfig()), states(OffloadConfig(optimizer=OffloadTo.cpu))
+    assert moved.optimizer == moved.gradients == 0
+    assert moved.offloaded == nothing.optimizer + nothing.gradients > 0
+    assert states(OffloadConfig(), offload_optimizer={"device": "cpu"}) == moved
+    assert states(OffloadConfig(optimizer=OffloadTo.cpu), offload_optimizer={"pin_memory": False}) == moved
+    assert states(OffloadConfig(optimizer=OffloadTo.cpu), offload_optimizer=None) == nothing, "extra has the last word"
+    moved = states(OffloadConfig(parameters=OffloadTo.nvme))
+    assert moved.weights < nothing.weights == moved.weights + moved.offloaded
+
+    whole = 2 * sum(p.numel() for p in model.parameters())
+    config.deepspeed.zero_pp.partition_ranks = 8
+    assert states(OffloadConfig()).device - nothing.device == pytest.approx(whole / 8, abs=2), "ZeRO++'s second copy"
+    assert states(OffloadConfig(parameters=OffloadTo.cpu)).offloaded == pytest.approx(whole / 8 + whole / 64, abs=2)
 
 
 def test_indexed_data_gives_steps_and_its_own_cost(demo, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -71,6 +100,32 @@ def test_indexed_data_gives_steps_and_its_own_cost(demo, tmp_path: Path, capsys:
     out = capsys.readouterr().out
     assert "5.00e-01" in out and f"steps        {found.steps:,}" in out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("policy", ["square", "partition"])
+def test_the_cost_of_indexed_data_is_that_of_the_micro_batches_which_run(policy: str, demo, tmp_path: Path, monkeypatch) -> None:
+    import yaml
+
+    settings = stage_settings(demo, tmp_path / "run")
+    settings["data"] |= {"images": {"size": 32, "tokens": 1, "policy": policy, "most_tiles": 4}, "images_per_pack": 40}
+    settings["model"]["projector"]["marks"] = True
+    (tmp_path / "stage.yaml").write_text(yaml.safe_dump(settings))
+    config = configure.load(tmp_path / "stage.yaml")
+    loader = Loader(config.data, open_data(config.data, 7, 24), 7, cost_model(config), 0, 1, Cursor(0, 0), 0)
+    shapes = [Shape.useful(micro.batch) for step in islice(loader, SAMPLED_STEPS) for micro in step.micro_batches]
+    shapes = [replace(shape, targets=shape.tokens - shape.image_tokens) for shape in shapes]  # every word
+    middle = sorted(shape.targets for shape in shapes)[len(shapes) // 2]
+    monkeypatch.setattr("train.model.decoder.CHUNK_LOGITS", 4096 * (middle - 1))
+
+    found = look(config, GPU).step
+    with torch.device("meta"):
+        model = XComposer2(config.model, config.data.images.size)
+    cost = StepCost.of(model, config.train.checkpointing)
+    parts = [cost.by_part(shape) for shape in shapes]
+    for part in ("plora", "vision", "head"):
+        mean = [sum(flops) / SAMPLED_STEPS for flops in zip(*(each[part] for each in parts), strict=True)]
+        assert found[part] == pytest.approx(mean, abs=1), part
+    assert 0 < found["head"].recomputed < found["head"].forward
 
 
 def test_a_plan_of_nothing_is_refused(capsys: pytest.CaptureFixture) -> None:

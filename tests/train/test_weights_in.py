@@ -19,6 +19,7 @@ from stages import run_ranks
 from data_pipeline.errors import UserError
 from train.config import Config, GroupRule
 from train.model.xcomposer2 import XComposer2
+from train.model_config import RopeKind, RopeScaling
 from train.weights import initial
 from train.weights.hub import HubFolder
 
@@ -142,6 +143,34 @@ def test_a_number_that_a_config_keeps_in_fp32_is_the_same_number(damaged):
     initial.check(config)
     (folder / "config.json").write_text(json.dumps({**values, "rms_norm_eps": 1.1e-05}))
     assert "rms_norm_eps" in complaint(config)
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_rope_scaling_of_a_folder_must_be_that_of_the_config_where_documents_are_long_enough_to_show_it(damaged, key):
+    folder, config = damaged()
+    values = {k: v for k, v in json.loads((folder / "config.json").read_text()).items() if not k.startswith("rope_")}
+
+    def has(kind: str, factor: float) -> None:
+        rope = {"type": kind, "rope_type": kind, "factor": factor, "rope_theta": 1e4}
+        (folder / "config.json").write_text(json.dumps({**values, "max_position_embeddings": 64, key: rope}))
+
+    config.data.context = 64
+    has("dynamic", 2.0)
+    initial.check(config)
+    config.data.context = 65
+    said = complaint(config)
+    assert "dynamic by 2 beyond 64 positions, not none" in said
+    assert "model.decoder.rope_scaling.kind=dynamic model.decoder.rope_scaling.factor=2 model.decoder.max_positions=64" in said
+    config.model.decoder.rope_scaling, config.model.decoder.max_positions = RopeScaling(RopeKind.dynamic, 2.0), 64
+    initial.check(config)
+    has("linear", 4.0)
+    assert "linear by 4, not dynamic by 2 beyond 64 positions (set model.decoder.rope_scaling.kind=linear " in complaint(config)
+    config.model.decoder.rope_scaling = RopeScaling(RopeKind.linear, 4.0)
+    initial.check(config)
+    has("linear", 1.0)
+    initial.check(config)  # a context that grows
+    has("yarn", 4.0)
+    assert "yarn, which this decoder has not" in complaint(config)
 
 
 def test_what_is_not_loaded_is_fresh_and_the_low_rank_output_is_zero(folders):

@@ -14,6 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_pipeline.errors import UserError
+
 ROUND = 8
 """The sdpa backend runs segments whose lengths round up to the same multiple of this as one batch."""
 LONGEST_PLAIN = 512
@@ -62,7 +64,7 @@ class Segments:
     ) -> "Segments":
         """Segments of the given lengths on the device of `cu_seqlens`, for activations of `dtype`."""
         device = cu_seqlens.device
-        backend = choose_backend(device, dtype) if backend == "auto" else backend
+        backend = choose_backend(device, dtype, backend)
         if backend != "sdpa":
             return Segments(backend, cu_seqlens, max(lengths), lengths, group=group)
         starts_by_length: dict[int, list[tuple[int, int]]] = {}
@@ -91,11 +93,22 @@ class Segments:
         )
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
-    """`flash` where flash-attn is installed, else `torch_varlen`, both on CUDA in half precision; `sdpa` everywhere else."""
-    if device.type != "cuda" or dtype == torch.float32:
-        return "sdpa"
-    return "flash" if _has_flash_attn() else "torch_varlen"
+def choose_backend(device: torch.device, dtype: torch.dtype = torch.bfloat16, wanted: str = "auto") -> str:
+    """The backend that `wanted` (train.attention) means there: auto is `flash` where flash-attn is installed, else `torch_varlen`, both on
+    CUDA in half precision, and `sdpa` everywhere else.
+
+    Raises:
+        UserError: this machine, or this number format, has no such backend.
+    """
+    fits = device.type == "cuda" and dtype != torch.float32
+    if wanted == "auto":
+        return "sdpa" if not fits else "flash" if _has_flash_attn() else "torch_varlen"
+    if wanted != "sdpa" and not fits:
+        lacks = "a GPU" if device.type != "cuda" else "train.precision bf16"
+        raise UserError(f"train.attention: {wanted} needs {lacks} (set train.attention=auto, which takes sdpa here)")
+    if wanted == "flash" and not _has_flash_attn():
+        raise UserError("train.attention: flash needs flash-attn, which is not installed (pip install flash-attn, or train.attention=auto)")
+    return wanted
 
 
 def varlen_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments) -> Tensor:

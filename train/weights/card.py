@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from train.config import Config
+from train.model_config import LowRankMode, ModelConfig
 
 FIGURES = ("nll_right", "nll_wrong", "nll_blind", "retrieval_of_10", "greedy_exact")
 
@@ -21,7 +22,7 @@ def text(config: Config, step: int, last: dict[str, Any], evaluation: dict[str, 
         evaluation: held-out figures of these weights, where they were measured.
         notes: what whoever loads the weights should know.
     """
-    decoder, plora, images = config.model.decoder, config.model.plora, config.data.images
+    decoder, images = config.model.decoder, config.data.images
     began = config.run.init_from or ", ".join(w for w in (decoder.weights, config.model.vision.weights) if w) or "fresh weights"
     sources = [[name, source.weight, _at(last, f"loss/{name}")] for name, source in config.data.sources.items()]
     lines = [
@@ -36,7 +37,7 @@ def text(config: Config, step: int, last: dict[str, Any], evaluation: dict[str, 
         f"- stage: **{config.run.stage.value}**, step {step}, from {began}",
         f"- seen: {_count(last, 'data/tokens')} tokens, {_count(last, 'data/images')} images",
         f"- images: {images.size} x {images.size} pixels, {images.tokens} tokens each",
-        f"- decoder: hidden {decoder.hidden}, {decoder.layers} layers; PLoRA: rank {plora.rank}, scale {plora.alpha / plora.rank:g}",
+        f"- decoder: hidden {decoder.hidden}, {decoder.layers} layers; {_low_rank(config.model)}",
         f"- loss of the last step: {_at(last, 'loss/train')} nats a token",
         *(f"- {note}" for note in notes),
         "",
@@ -47,6 +48,16 @@ def text(config: Config, step: int, last: dict[str, Any], evaluation: dict[str, 
         *_figures(evaluation),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _low_rank(model: ModelConfig) -> str:
+    """Rank and scale, by linear where they differ."""
+    plora = model.plora
+    if plora.mode is LowRankMode.none:
+        return "no low-rank weights"
+    each = {"": plora, **{f"{name}: ": own for name, own in plora.linears.items()}}
+    kind = "PLoRA" if plora.mode is LowRankMode.plora else "LoRA on all tokens"
+    return f"{kind}: {'; '.join(f'{name}rank {own.rank}, scale {own.alpha / own.rank:g}' for name, own in each.items())}"
 
 
 def _figures(evaluation: dict[str, Any] | None) -> list[str]:

@@ -1,9 +1,13 @@
 """The weights of a checkpoint: trained ones from the engine's files, frozen ones from where the stage began.
 
-Invariant: the checkpoint has passed its manifest before anything of it is read.
+Invariant: the checkpoint has passed its manifest before anything of it is read, and nothing in it is executed.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -13,6 +17,9 @@ from train import checkpoint, optim
 from train.config import Config
 from train.model.xcomposer2 import XComposer2
 from train.weights import initial
+
+SWITCH = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+"""Torch's."""
 
 
 class Trained:
@@ -50,11 +57,37 @@ class Trained:
 
 def _whole(folder: Path) -> dict[str, Tensor]:
     """ZeRO 0 to 2: one file has them all."""
-    return torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False, mmap=True)["module"]
+    with _restricted(folder):
+        return torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True, mmap=True)["module"]
 
 
 def _partitioned(folder: Path) -> dict[str, Tensor]:
     """ZeRO-3: each rank has its part, in fp32 beside its optimizer state; rounding them gives the weights that the run had."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name, exclude_frozen_parameters=True)
+    with _restricted(folder):
+        return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name, exclude_frozen_parameters=True)
+
+
+@contextmanager
+def _restricted(folder: Path) -> Iterator[None]:
+    """Inside it torch reads tensors and what DeepSpeed keeps beside them, and runs nothing of a file; its switch in the environment
+    overrules DeepSpeed's reader, which asks for anything.
+
+    Raises:
+        UserError: there is more in a file.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    before = os.environ.get(SWITCH)
+    os.environ[SWITCH] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum]):
+            yield
+    except UnpicklingError:
+        raise UserError(f"{folder} holds other things than a checkpoint does, which might be code (give another one)") from None
+    finally:
+        os.environ.pop(SWITCH)
+        if before is not None:
+            os.environ[SWITCH] = before

@@ -5,6 +5,7 @@ the stage froze are compared with those that it began from: a language model tha
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,13 +19,13 @@ from torch import Tensor
 from data_pipeline import jsonl
 from data_pipeline.errors import UserError
 from data_pipeline.text.tokenizer import Tokenizer
-from train import configure, optim
+from train import configure
 from train.config import Config, Stage
 from train.model.xcomposer2 import XComposer2
+from train.model_config import DecoderConfig, RopeKind
 from train.run_dir import RunDir, fsync_tree, read_json
-from train.weights import card, exported, final, hub, initial, official
+from train.weights import card, claims, exported, final, hub, official
 from train.weights.hub import HubFolder
-from train.weights.internlm2 import is_base
 from train.weights.mapping import Entry, fits
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -33,8 +34,8 @@ REPOSITORIES = {(True, 4096): "internlm/internlm-xcomposer2-7b", (False, 2048): 
 VL_7B = "internlm/internlm-xcomposer2-vl-7b"
 KHD_7B = "internlm/internlm-xcomposer2-4khd-7b"
 """That of models with newline and separator."""
-POSITIONS = 32768
-"""InternLM2's longest context."""
+RELEASED_SCALING = {"factor": 1.0, "type": "dynamic"}
+"""Changes nothing within `max_position_embeddings`."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def export(path: Path, out: Path) -> None:
         model = XComposer2(config.model, config.data.images.size, config.data.images.tokens)
     entries = official.entries(model.shapes(), config.model.vision.name)
     weights = _checkpointed(folder, config, model) if folder else _final(run, model)
-    notes = [_unchanged(config, model, weights), *_differences(config)]
+    code = _code_of_tokenizer(config)
+    notes = [claims.unchanged(config, model, weights.read, weights.dtypes), *claims.engines(config), *_missing(code)]
     partial = out.with_name(f".{out.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -72,7 +74,7 @@ def export(path: Path, out: Path) -> None:
         said = _write_weights(partial, entries, weights)
         (partial / "config.json").write_text(json.dumps(_config_json(config, weights.dtypes["head.weight"]), indent=2))
         (partial / exported.FILE).write_text(exported.to_yaml(config))
-        _copy_tokenizer(config, partial)
+        _copy_tokenizer(config, code, partial)
         (partial / "README.md").write_text(_card(run, config, weights, notes))
         fsync_tree(partial)
         partial.rename(out)
@@ -123,43 +125,6 @@ def _write_weights(folder: Path, entries: Sequence[Entry], weights: Weights) -> 
     return f"{len(sizes)} tensors, {sum(sizes.values()) / 1e9:.3g} GB, {shards} {'file' if shards == 1 else 'files'}"
 
 
-def _unchanged(config: Config, model: XComposer2, weights: Weights) -> str:
-    """Compares the frozen weights of the language model, bitwise, with those that the stage began from."""
-    _, frozen = optim.resolve(model, config.train)
-    names = {name for group in frozen for name in group.names if is_base(name)}
-    if not names:
-        return "the language model was trained in this stage: text-only logits are not those that it began with"
-    try:
-        began = initial.sources(config, model)
-    except UserError as error:
-        return f"frozen weights were not compared with those that the stage began from: {error}"
-    compared = 0
-    for source in began:
-        for entry in (e for e in source.entries if e.ours in names):
-            first = entry.join([source.folder.read(name) for name in entry.theirs])
-            if not torch.equal(first.to(weights.dtypes[entry.ours]), weights.read(entry.ours)):
-                raise UserError(f"{entry.ours} was frozen and is not what {source.folder.folder} holds (do not use these weights)")
-            compared += 1
-    if not compared:
-        return "the language model was frozen with fresh weights: there was nothing to compare it with"
-    return f"the language model's {compared} frozen tensors are those that the stage began from, bitwise: so are text-only logits"
-
-
-def _differences(config: Config) -> list[str]:
-    plora = config.model.plora
-    found = []
-    if plora.rank != official.RANK:
-        found.append(f"PLoRA's rank is {plora.rank}: engines that take {official.RANK} for granted (lmdeploy) cannot load it")
-    if plora.alpha / plora.rank != official.SCALE:
-        scale = plora.alpha / plora.rank
-        found.append(
-            f"PLoRA's scale is {scale:g}: engines apply {official.SCALE:g}, and see images wrongly (multiply Plora_B by {scale:g})"
-        )
-    if config.model.projector.standardise:
-        found.append("image features are standardised by vision_proj.features: engines do not, and see images wrongly")
-    return found
-
-
 def _config_json(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     """The official config.json's keys with this model's values; code comes from the official repository."""
     decoder, tokenizer = config.model.decoder, Tokenizer(config.data.tokenizer)
@@ -181,14 +146,14 @@ def _config_json(config: Config, dtype: torch.dtype) -> dict[str, Any]:
         "initializer_range": decoder.init_std,
         "intermediate_size": decoder.ffn,
         "max_length": config.data.context,
-        "max_position_embeddings": POSITIONS,
+        "max_position_embeddings": decoder.max_positions,
         "model_type": "internlmxcomposer2",
         "num_attention_heads": decoder.heads,
         "num_hidden_layers": decoder.layers,
         "num_key_value_heads": decoder.kv_heads,
         "pad_token_id": tokenizer.end,
         "rms_norm_eps": decoder.rms_eps,
-        "rope_scaling": {"factor": 1.0, "type": "dynamic"},
+        "rope_scaling": _rope_scaling(decoder, config.data.context),
         "rope_theta": decoder.rope_theta,
         "tie_word_embeddings": False,
         "torch_dtype": str(dtype).removeprefix("torch."),
@@ -197,12 +162,39 @@ def _config_json(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _copy_tokenizer(config: Config, folder: Path) -> None:
+def _rope_scaling(decoder: DecoderConfig, context: int) -> dict[str, Any] | None:
+    """As the release has it where that means the same to documents of up to `context` tokens."""
+    scaling = decoder.rope_scaling
+    if scaling.kind is RopeKind.none:
+        return RELEASED_SCALING if context <= decoder.max_positions else None
+    return {"factor": scaling.factor, "type": scaling.kind.value}
+
+
+def _code_of_tokenizer(config: Config) -> list[Path]:
+    """Files of Python that `tokenizer_config.json` names in its `auto_map` and that belong beside it; they may be missing there.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    settings = Path(config.data.tokenizer) / "tokenizer_config.json"
+    try:
+        named = (read_json(settings) or {}).get("auto_map") or {}
+    except ValueError:
+        raise UserError(f"data.tokenizer: {settings} is no JSON (fetch the tokenizer again)") from None
+    classes = [name for names in named.values() for name in ([names] if isinstance(names, str) else names)]
+    files = {f"{name.partition('.')[0]}.py" for name in classes if name and re.fullmatch(r"\w+\.\w+", name)}  # REPOSITORY--... is the Hub's
+    return [settings.with_name(file) for file in sorted(files)]
+
+
+def _missing(code: Sequence[Path]) -> list[str]:
+    return [f"tokenizer_config.json names {file.name}, which is not in {file.parent} (put it beside)" for file in code if not file.exists()]
+
+
+def _copy_tokenizer(config: Config, code: Sequence[Path], folder: Path) -> None:
     """The tokenizer's files, and how transformers reads them where its folder does not say."""
-    for name in TOKENIZER_FILES:
-        file = Path(config.data.tokenizer) / name
+    for file in [*(Path(config.data.tokenizer) / name for name in TOKENIZER_FILES), *code]:
         if file.exists():
-            shutil.copyfile(file, folder / name)
+            shutil.copyfile(file, folder / file.name)
     settings = folder / "tokenizer_config.json"
     if not settings.exists():
         ends = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}

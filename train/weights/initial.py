@@ -19,10 +19,12 @@ import torch
 from torch import nn
 
 from data_pipeline.errors import UserError
+from train import configure
 from train.config import Config
 from train.configure import named_weights
 from train.model.xcomposer2 import XComposer2
-from train.weights import clip, dinov2, final, hub, internlm2, llama, official
+from train.run_dir import RunDir
+from train.weights import clip, dinov2, exported, final, hub, internlm2, llama, meaning, official
 from train.weights.hub import HubFolder
 from train.weights.mapping import Entry, Row, Shapes, fits, load
 
@@ -33,8 +35,6 @@ TOWERS = {clip: "embeddings.class_embedding", dinov2: dinov2.CLASS}
 """Formats of a vision tower, and the tensor that gives each away."""
 MEASURED = r"^features\.(mean|std)$"
 """What a tower's folder may hold whether or not features are standardised."""
-HARMLESS_SCALING = ("default", "dynamic")
-"""RoPE scaling that changes nothing within the positions that the model was trained on."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Source:
     entries: list[Entry]
     ignored: str
     differing: list[Row]
-    """Values of its config.json that are not the model's."""
+    """Values of its config.json, or of the stage that left it, that are not the model's."""
 
 
 def check(config: Config) -> None:
@@ -119,19 +119,25 @@ def _whole(key: str, path: str, config: Config, model: XComposer2) -> Source:
     shapes = model.shapes()
     if final.is_run(path):
         final.digest(path)
-        return Source(key, HubFolder(final.folder(path), key), final.entries(shapes), r"$^", [])
+        folder, file = HubFolder(final.folder(path), key), RunDir(path).config
+        differing = _differing_stage(configure.read_resolved(file.parent), config, folder, file.name) if file.exists() else []
+        return Source(key, folder, final.entries(shapes), r"$^", differing)
     if not any((Path(path) / name).exists() for layout in hub.LAYOUTS for name in layout):
         raise UserError(f"{key}: {Path(path).resolve()} is neither a run nor a folder of Hugging Face weights (mend the path)")
     folder = HubFolder(path, key)
     if not any(name.startswith("vision_proj.") for name in folder.facts):
         raise UserError(f"{key}: {path} is no InternLM-XComposer2: no vision_proj in it (a language model goes to model.decoder.weights)")
     entries = official.entries(shapes, config.model.vision.name)
-    return Source(key, folder, entries, official.IGNORED, _differing(folder.config, _decoder_values(config)))
+    if exported.is_export(folder.folder):
+        differing = _differing_stage(exported.read(folder.folder), config, folder, exported.FILE)
+    else:
+        differing = _differing_decoder(folder.config, config)
+    return Source(key, folder, entries, official.IGNORED, differing)
 
 
 def _decoder(key: str, path: str, config: Config, model: XComposer2) -> Source:
     folder, shapes = HubFolder(path, key), model.shapes()
-    differing = _differing(folder.config, _decoder_values(config))
+    differing = _differing_decoder(folder.config, config)
     if any(name.startswith("vision_proj.") for name in folder.facts):
         raise UserError(f"{key}: {path} is a whole InternLM-XComposer2 (give it as run.init_from)")
     if any(name.endswith(".attention.wqkv.weight") for name in folder.facts):
@@ -167,27 +173,35 @@ def _measured(shapes: Shapes) -> list[Entry]:
     return [Entry(ours, {theirs: shapes[ours]}) for ours, theirs in named.items() if ours in shapes]
 
 
-def _decoder_values(config: Config) -> dict[str, Any]:
+def _differing_stage(theirs: Config, ours: Config, folder: HubFolder, file: str) -> list[Row]:
+    """What the stage that left the weights meant by them and this one does not."""
+    low_rank = any(bool(folder.read(name).any()) for name in folder.facts if name.endswith(("plora_b", "Plora_B.weight")))
+    found = meaning.differences(theirs.model, ours.model, ours.data.context, low_rank)
+    return [Row("wrong value", key, file, what) for key, what in found.items()]
+
+
+def _differing_decoder(theirs: dict[str, Any], config: Config) -> list[Row]:
+    """Values of a language model's config.json that shapes do not tell and that would be wrong in silence."""
     decoder = config.model.decoder
-    return {
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    ours = {
         "hidden_act": "silu",
         "num_attention_heads": decoder.heads,
         "num_key_value_heads": decoder.kv_heads,
         "rms_norm_eps": decoder.rms_eps,
         "rope_theta": decoder.rope_theta,
     }
+    rows = _differing({"rope_theta": rope.get("rope_theta"), **theirs}, ours)
+    kind, factor = rope.get("rope_type") or rope.get("type") or "default", float(rope.get("factor") or 1.0)
+    positions = int(theirs.get("max_position_embeddings") or decoder.max_positions)
+    stretched = meaning.scaling_difference(kind, factor, positions, config.model, config.data.context)
+    return rows + ([Row("wrong value", "rope scaling", "config.json", stretched)] if stretched else [])
 
 
 def _differing(theirs: dict[str, Any], ours: dict[str, Any]) -> list[Row]:
-    """Values that shapes do not tell and that would be wrong in silence."""
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    theirs = {"rope_theta": rope.get("rope_theta"), **theirs}
+    """Values of a config.json that are others than ours; what it does not say is taken to be right."""
     given = {k: theirs[k] for k in ours if theirs.get(k) is not None}
-    rows = [Row("wrong value", k, "config.json", f"{v}, not {ours[k]}") for k, v in given.items() if not _same(v, ours[k])]
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if "rope_theta" in ours and kind not in HARMLESS_SCALING and float(rope.get("factor") or 1.0) != 1.0:
-        rows.append(Row("wrong value", "rope scaling", "config.json", f"{kind}, which this decoder has not"))
-    return rows
+    return [Row("wrong value", k, "config.json", f"{v}, not {ours[k]}") for k, v in given.items() if not _same(v, ours[k])]
 
 
 def _same(theirs: Any, ours: Any) -> bool:

@@ -3,8 +3,10 @@
 Invariant: every parameter of the model has exactly one place there, so that what is written can be read back, bitwise.
 """
 
+from train.model_config import LowRank
 from train.weights import clip, internlm2
 from train.weights.mapping import Entry, Shape, Shapes
+from train.weights.meaning import LINEARS
 
 VIT = "vit.vision_tower.vision_model."
 IGNORED = rf"({internlm2.IGNORED})|({clip.IGNORED})"
@@ -14,8 +16,12 @@ MARKS = {"projector.newline": ("plora_sub_GN", 4), "projector.separator": ("plor
 MEASURED = {"projector.feature_mean": "vision_proj.features.mean", "projector.feature_std": "vision_proj.features.std"}
 """Ours alone: the official code does not standardise features."""
 PLORA = {"plora_a": "Plora_A.weight", "plora_b": "Plora_B.weight"}
-RANK, SCALE = 256, 1.0
-"""What engines take for granted (lmdeploy; the official modelling code, for all linears of the VL-7B)."""
+
+
+def low_rank(marks: bool) -> dict[str, LowRank]:
+    """Rank and alpha of each linear that engines take for granted; `marks`: in the code of 4KHD, which has newline and separator."""
+    found = {name: LowRank(256, 256.0) for name in LINEARS}
+    return found | ({"wqkv": LowRank(8, 16.0)} if marks else {})
 
 
 def entries(shapes: Shapes, architecture: str) -> list[Entry]:

@@ -47,6 +47,7 @@ def refused(capfd):
         ("train.groups=[]", "train.groups"),
         ("train.warmup_steps=10", "train.warmup"),
         ("profile.steps=[3]", "profile.steps"),
+        ("train.attention=flash", "train.attention"),  # in fp32
         ("checkpoint.keep_last=0", "keep_last"),
         ("guard.window=1", "guard"),
         ("guard={in_a_row: 0, then: rollback}", "guard.then"),
@@ -108,6 +109,17 @@ def test_two_stages_in_one_run_directory_are_refused(stage, capfd):
         main(["run", str(made.config), str(made.config)])
     assert ended.value.code == EXIT_USER
     assert "share run.dir" in capfd.readouterr().err
+
+
+def test_a_chain_whose_stages_mean_different_things_by_their_weights_is_refused_before_its_first_stage_starts(stage, capfd):
+    first = stage("first", model={"plora": {"rank": 4, "alpha": 8.0}})
+    second = stage("second", run={"name": "second", "init_from": str(first.run.path)})
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(first.config), str(second.config)])
+    assert ended.value.code == EXIT_USER
+    said = "model.plora.alpha: test, which it begins from, has 8 at rank 4, not 4 at rank 4 (give both the same)"
+    assert said in capfd.readouterr().err
+    assert not first.run.path.exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
