@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from chromium import browser
 
 from data_pipeline import jsonl
 from data_pipeline.errors import UserError
@@ -259,6 +260,23 @@ def test_page_loads_nothing_and_scripts_in_captions_stay_text(demo: Path) -> Non
     assert "data-lines='[" in page
     for attribute in re.findall(r"data-lines='([^']*)'", page):
         json.loads(attribute)
+
+
+@pytest.mark.parametrize("width", [400, 1300])
+def test_the_page_in_a_browser_loads_nothing_shows_curves_and_pictures_and_fits_its_width(demo: Path, tmp_path: Path, width: int) -> None:
+    page = write_report(demo, tmp_path / "elsewhere.html")
+    assert not (demo / "report.html").exists()
+    with browser(tmp_path / "profile") as chromium:
+        chromium.open(page, width)
+        sizes = chromium.run("Promise.all([...document.images].map(i => (i.loading = 'eager', i.decode().then(() => i.naturalWidth))))")
+        assert len(sizes) >= 2 and set(sizes) == {1}
+        assert chromium.requests == [page.as_uri()]
+        assert chromium.errors == []
+        assert chromium.run("document.documentElement.scrollWidth") == width
+        curves = chromium.run(
+            "[...document.querySelectorAll('svg polyline, svg path')].filter(c => c.getBoundingClientRect().width > 50).length"
+        )
+        assert curves >= 3, "a loss curve a stage"
 
 
 def test_a_half_written_last_line_is_ignored_and_damage_before_it_is_said(tmp_path: Path) -> None:

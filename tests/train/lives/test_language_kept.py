@@ -1,5 +1,6 @@
 """PLoRA's promise: pretraining changes nothing that text alone can see, to the last bit, and yet it has learnt."""
 
+import torch
 from stages import Life, live_together
 
 from train.evaluate import evaluate_run
@@ -16,6 +17,9 @@ def test_text_only_logits_before_and_after_pretraining_are_equal_to_the_last_bit
     sft = stage("sft", run={"stage": "sft", "init_from": str(pretrain.run.path)}, **measured)
     live_together([Life(language), Life(pretrain), Life(sft)])
     before, after, moved = (evaluate_run(one.run.path) for one in (language, pretrain, sft))
+    (file,) = (pretrain.run.checkpoints / "step-00000004").glob("*model_states.pt")
+    stored = [name for name in torch.load(file, weights_only=False)["module"] if name.startswith(("decoder.", "head."))]
+    assert stored and all("plora" in name for name in stored), "a checkpoint leaves out what is frozen"
     assert before["text"]["logits_sha256"] == after["text"]["logits_sha256"]
     assert before["text"]["nll"] == after["text"]["nll"]
     assert before["plora_b_norm"] == 0  # no image, no gradient: PLoRA is still the identity

@@ -3,6 +3,8 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -77,6 +79,33 @@ def test_beats_keep_it_quiet_and_the_first_step_has_the_limit_of_the_start(run):
     watchdog.close()
     assert not run.hang.exists()
     assert run.stacks(0).read_text() == ""
+
+
+SLEEPING = """
+import sys, time
+from train.config import WatchdogConfig
+from train.run_dir import RunDir
+from train.watchdog import Watchdog
+run, phase = sys.argv[1:]
+limits = {name: 0.5 if name == phase else 3600 for name in ("start", "data", "forward", "checkpoint")}
+watchdog = Watchdog(WatchdogConfig(**limits), RunDir(run), 0, 1)
+if phase != "start":
+    watchdog.started()
+watchdog.beat(7, phase)
+def sleep_in_this_phase():
+    time.sleep(60)
+sleep_in_this_phase()
+"""
+
+
+@pytest.mark.parametrize("phase", ["start", "data", "forward", "checkpoint"])
+def test_each_phase_has_a_limit_of_its_own_and_the_outcome_names_it(run, phase):
+    began = time.monotonic()
+    rank = subprocess.run([sys.executable, "-c", SLEEPING, str(run.path), phase], timeout=50)
+    assert rank.returncode == EXIT_TRY_AGAIN
+    assert time.monotonic() - began < 50, "and not when the sleep is over"
+    assert f"in phase {phase} after step 7, watchdog.{phase} is 0.5" in run.read_outcome()["reason"]
+    assert "sleep_in_this_phase" in run.stacks(0).read_text()
 
 
 @pytest.mark.parametrize(
