@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,19 @@ def test_both_layouts_are_read_and_the_likeliest_letter_is_judged(assistant, run
     assert (a > b) == (assistant.likeliest(ask(*first.parts), "AB") == 0)
     assert said.startswith((tmp_path / "out.md").read_text())
     assert "out.json exists" in refused(capsys, run_dir, "--suite", "choices", "--data", file, "-o", tmp_path / "out.json")
+
+
+def test_seed_bench_names_its_pictures_without_an_extension(run_dir, tmp_path, capsys):
+    (tmp_path / "1454426_2591111986").write_bytes(make_image())
+    row = {"question_id": "101669", "question_type_id": 1, "question": "Which?", "choice_a": "One", "choice_b": "Two", "choice_c": "Three"}
+    row |= {"choice_d": "Four", "answer": "A", "data_type": "image", "segment": None}
+    file = tmp_path / "seed.jsonl"
+    file.write_text(json.dumps({**row, "data_id": "1454426_2591111986"}))
+    (question,) = choices.read(file)
+    assert question.parts[0].data == make_image()
+    for wrong, said in (("1_2", r"no picture at .*/1_2: No such file"), (["a", "b"], r"line 1: its data_id, \['a', 'b'\], is no name")):
+        file.write_text(json.dumps({**row, "data_id": wrong}))
+        assert re.search(said, refused(capsys, run_dir, "--suite", "choices", "--data", file))
 
 
 @pytest.mark.parametrize(
