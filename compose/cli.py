@@ -4,6 +4,7 @@ Invariant: everything that can be refused is refused before a model is loaded, i
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,12 +116,12 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 def _add_sampling(parser: argparse.ArgumentParser, max_tokens: int, temperature: float) -> None:
     parser.add_argument("--max-tokens", type=_positive, default=max_tokens, metavar="N", help="longest answer (default %(default)s)")
     parser.add_argument(
-        "--temperature", type=_share, default=temperature, metavar="X", help="0 = always the likeliest word (default %(default)s)"
+        "--temperature", type=_temperature, default=temperature, metavar="X", help="0 = always the likeliest word (default %(default)s)"
     )
     parser.add_argument(
         "--top-p", type=_share, default=0.95, metavar="X", help="share of the likeliest words that are drawn from (default %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of what is drawn (default %(default)s)")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of what is drawn (default %(default)s)")
 
 
 def _positive(text: str) -> int:
@@ -129,14 +130,31 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 on")
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on, below 2^63")
+    return int(text)
+
+
+def _temperature(text: str) -> float:
+    value = _number(text)
+    if value != 0 and not 0.01 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is no temperature (give 0, or 0.01 to 100)")
     return value
+
+
+def _share(text: str) -> float:
+    value = _number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share (give a number above 0, up to 1)")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _chat(args: argparse.Namespace) -> int:

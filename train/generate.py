@@ -182,5 +182,6 @@ def _argmax(logits: Tensor) -> list[int]:
 def _draw(logits: Tensor, sampling: Sampling, draw: torch.Generator) -> int:
     """On the CPU, so that a seed means the same on every device."""
     shares, words = (logits.cpu() / sampling.temperature).softmax(-1).sort(descending=True, stable=True)
-    before = shares.cumsum(-1) - shares
-    return int(words[torch.multinomial(shares * (before < sampling.top_p), 1, generator=draw)])
+    kept = shares.cumsum(-1) - shares < sampling.top_p
+    kept[0] = True
+    return int(words[torch.multinomial(shares * kept, 1, generator=draw)])

@@ -107,6 +107,26 @@ def test_a_line_that_cannot_be_asked_is_refused_in_one_line(run_dir, capsys, lin
     assert re.fullmatch(f"error: {message}\n", error), error
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("--top-p", value) for value in ("0", "1.1", "nan")),
+        *(("--temperature", value) for value in ("-1", "1e-40", "inf")),
+        ("--seed", "1" + "0" * 30),
+        ("--max-tokens", "0"),
+    ],
+)
+@pytest.mark.parametrize("command", [["chat", "--ask", "hello"], ["article", "--instruction", "x", "-o", "a.html"]])
+def test_a_way_of_drawing_words_that_there_is_not_is_refused_in_one_line(tmp_path, capsys, command, option, value):
+    name, *rest = command
+    with pytest.raises(SystemExit) as ended:
+        main([name, str(tmp_path), *rest, option, value])
+    said = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert said[-1].startswith(f"xc-compose {name}: error: argument {option}: '{value}' is no")
+    assert [line for line in said if not line.startswith(("usage:", " "))] == said[-1:], "beside how the command is used"
+
+
 def test_a_checkpoint_that_cannot_be_used_is_refused_in_one_line(demo, tmp_path, picture, capsys):
     def refused(folder: Path, line: str) -> str:
         with pytest.raises(SystemExit) as ended:
