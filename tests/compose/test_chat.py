@@ -64,6 +64,29 @@ def test_paths_in_a_line_are_pictures_in_their_places(picture, tmp_path):
         chat.parts(f"what is {tmp_path}/broken.png")
 
 
+@pytest.mark.parametrize(
+    ("line", "read"),
+    [
+        ("what's in 'my photo.png'?", ["what's in ", "my photo.png", "?"]),
+        ("the dogs' home in 'my photo.png', isn't it", ["the dogs' home in ", "my photo.png", ", isn't it"]),
+        ("""'my dog's photo.png' or "my dog's photo.png"?""", ["my dog's photo.png", " or ", "my dog's photo.png", "?"]),
+        ("'tis 'a.png' and 'b.png'", ["'tis ", "a.png", " and ", "b.png"]),
+        ("'a' is no 'my photo.png'", ["'a' is no ", "my photo.png"]),
+        ("an apple (a.png), no?", ["an apple (", "a.png", "), no?"]),
+        ("a.png,b.png;[a.png]", ["a.png", ",", "b.png", ";[", "a.png", "]"]),
+        ("\u201ca.png\u201d: what's this", ["\u201c", "a.png", "\u201d: what's this"]),
+        ("photo(1).png? it's a.png.", ["photo(1).png", "? it's ", "a.png", "."]),
+        ("a.png.jpg and a.png.txt", ["a.png.jpg", " and a.png.txt"]),
+        ("../HERE/a.png", ["a.png"]),
+    ],
+)
+def test_a_path_is_told_from_the_quotes_and_marks_around_it(tmp_path, monkeypatch, line, read):
+    for name in ("a.png", "b.png", "my photo.png", "my dog's photo.png", "photo(1).png", "a.png.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name, "PNG")
+    monkeypatch.chdir(tmp_path)
+    assert [p if isinstance(p, str) else p.name for p in chat.parts(line.replace("HERE", tmp_path.name))] == read
+
+
 def test_ask_prints_the_same_answer_every_time_and_another_for_another_picture(run_dir, picture, capsys):
     def ask(line: str, *options: str) -> str:
         with pytest.raises(SystemExit) as ended:
