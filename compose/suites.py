@@ -16,7 +16,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.shards.source import ShardSource
 from train import configure
 from train.config import Config, Stage
-from train.evaluate import Scorer, Scores, evaluate_key, share_stderr
+from train.evaluate import Scorer, Scores, evaluate_key, read_candidates, share_stderr
 from train.run_dir import RunDir, write_atomic, write_json
 from train.weights import exported
 from train.weights.opened import Opened, first_weights, no_model, open_model
@@ -130,7 +130,7 @@ def _captions(checkpoint: Path, data: Path | None, base: Path | None) -> Measure
     for name, folder in splits.items():
         if not (folder / PAIRS).exists():
             raise UserError(f"no {PAIRS} in {folder.absolute()} (give --data FOLDER, with shards, index and {PAIRS})")
-        ShardSource(name, folder, key="--data" if data else evaluate_key(name))
+        read_candidates(ShardSource(name, folder, key="--data" if data else evaluate_key(name)))
 
     def measure(opened: Opened) -> list[Table]:
         scorer = Scorer(opened.model, opened.tokenizer, opened.config)

@@ -80,6 +80,24 @@ def test_what_is_no_collection_or_gives_none_is_refused_and_leaves_nothing(demo,
         Collection(tmp_path / "c")
 
 
+@pytest.mark.parametrize("part", [".", "data", "_versions"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "turned"])
+def test_a_table_that_is_gone_or_damaged_is_refused_in_one_line(collection, tmp_path, capsys, part, damage):
+    folder = shutil.copytree(collection, tmp_path / "c")
+    for file in [f for f in (folder / "pictures.lance" / part).rglob("*") if f.is_file()]:
+        whole = file.read_bytes()
+        file.write_bytes(whole[:20] if damage == "cut" else whole[::-1])
+        if damage == "gone":
+            file.unlink()
+    code, _, error = commanded(capsys, "search", folder, "the sun")
+    assert (code, error) == (2, f"error: {folder}: its table pictures.lance is gone or damaged (build it anew)\n")
+    for facts in ("", "[]", "{}", '{"of": 3, "pictures": 1}'):
+        (folder / FACTS).write_text(facts)
+        code, _, error = commanded(capsys, "search", folder, "the sun")
+        assert (code, error.count("\n")) == (2, 1)
+        assert "is no collection" in error
+
+
 def test_given_pictures_are_ranked_by_their_names(tmp_path):
     given = [Picture(name, name.encode()) for name in ("IMG_1.png", "church-tower.jpg", "fishing_boat.jpg")]
     find = among(given, 2)

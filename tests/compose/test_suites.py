@@ -26,6 +26,7 @@ from train.run_dir import RunDir
 from train.weights import final
 from train.weights.opened import open_model
 
+CANDIDATES = ((["y"], 0), (["x"], 4), (["x"], -1), ({}, 0), (["y", "x"], 1))
 COLOURS = ("red", "green", "blue", "white", "black", "orange", "gray", "purple")
 
 
@@ -159,6 +160,18 @@ def test_a_caption_finds_its_picture_among_those_of_its_candidates(demo, run_dir
     assert blind.tolist() == [item["answer"] == 0 for item in items], "nothing to see is no reason to be right"
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"items": []}', '{"items": {}}', '{"items": [3]}', '{"items": [{"key": "a"}]}']
+    + [json.dumps({"items": [{"key": "gone", "wrong_image": "b", "caption": "x", "candidates": c, "answer": a}]}) for c, a in CANDIDATES],
+)
+def test_candidates_that_are_none_are_refused_before_a_model_is_loaded(demo, tmp_path, capsys, content):
+    folder = demo.copy("heldout/unseen_concept/validation", tmp_path / "captions")
+    (folder / "candidates.json").write_text(content)
+    error = refused(capsys, tmp_path / "no model", "--suite", "captions", "--data", folder)
+    assert "candidates.json " + ("names b, which is not in" if content.endswith('"answer": 1}]}') else "is not laid out as") in error
+
+
 def test_text_is_compared_with_what_the_stage_began_from_paragraph_by_paragraph(demo, tmp_path, capsys):
     base = write_run(demo, tmp_path / "base", "language")
     run = RunDir(write_run(demo, tmp_path / "pretrain", "pretrain"))
@@ -244,6 +257,24 @@ def test_pages_are_read_as_their_author_laid_them_out(documents):
     assert {line: [p.caption for p in found] for line, found in page.figures.items()} == {1: ["All red"], 2: [None]}
     (place,) = places.places([page])
     assert [(placed.line, len(placed.pictures)) for placed in place.before()] == [("first line", 0), ("second line", 0)]
+
+
+@pytest.mark.parametrize("alike", ["caption", "picture", "neither"])
+def test_documents_that_leave_too_little_to_choose_among_are_refused(demo, xc_data, tmp_path, capsys, alike):
+    """Four pages, two of them with the same caption or the same picture."""
+    colours = ("red", "green", "blue", "blue" if alike == "picture" else "white")
+    captions = ("All red", "All green", "All blue", "All blue" if alike == "caption" else "All white")
+    pages = [
+        [f"About {n}", "a line", make_image(colour=colour), words] for n, (colour, words) in enumerate(zip(colours, captions, strict=True))
+    ]
+    write_tar(tmp_path / "a.tar", [member for n, page in enumerate(pages) for member in make_document(f"page{n}", page)])
+    assert xc_data("index", tmp_path, "--tokenizer", demo.tokenizer) == xc_data("merge", tmp_path) == 0
+    capsys.readouterr()
+    if alike == "neither":
+        assert len(places.read(tmp_path)) == 4
+    else:
+        error = refused(capsys, tmp_path / "no model", "--suite", "composition", "--data", tmp_path)
+        assert "too few documents have another picture with another caption than page" in error
 
 
 def test_an_answer_is_scored_where_training_supervises_it(assistant):
