@@ -1,6 +1,7 @@
 """`xc-compose`: talk to a trained model, collect pictures, and have it write articles with them.
 
-Invariant: everything that can be refused is refused before a model is loaded, in one line, with exit code 2.
+Invariant: whatever can be known without a model's weights (its stage, the length of a question, the data) is refused before they are
+read; every refusal is one line with exit code 2.
 """
 
 import argparse
@@ -165,7 +166,7 @@ def _chat(args: argparse.Namespace) -> int:
     if args.ask is not None:
         if not args.ask.strip():
             raise UserError("--ask is empty (ask something)")
-        chat.parts(args.ask)  # a missing picture is found before the weights are read
+        assistant.prompter(args.checkpoint).room(assistant.ask(*chat.parts(args.ask)))
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     conversation = chat.Chat(assistant.load(args.checkpoint), args.max_tokens, sampling)
     if args.ask is not None:
@@ -200,7 +201,7 @@ def _search(args: argparse.Namespace) -> int:
 
 
 def _article(args: argparse.Namespace) -> int:
-    from compose import assistant, collection, pictures
+    from compose import assistant, collection, pictures, prompts
     from compose.article import CANDIDATES, compose
     from compose.page import check_output, write
     from train.generate import Sampling
@@ -215,9 +216,10 @@ def _article(args: argparse.Namespace) -> int:
         find = lambda text, used: found.retrieve(text, CANDIDATES, used)  # noqa: E731
     elif references:
         find = collection.among(references, CANDIDATES)
+    prompter = assistant.prompter(args.checkpoint)
+    prompter.require_obedience()
+    prompter.room(assistant.ask(*prompts.write(args.instruction, references)))
     writer = assistant.load(args.checkpoint)
-    if find is not None:
-        writer.require_sight()
     most = args.pictures if args.collection else min(args.pictures, len(references))
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     article = compose(writer, args.instruction, references, find, most, args.max_tokens, sampling)

@@ -1,12 +1,14 @@
 """The five steps: answers are read strictly, what replaces them is recorded, and the page is one that a person can read."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from chromium import Page, browser
+from finished_run import write_run
 from PIL import Image
 
 from compose import prompts
@@ -197,7 +199,7 @@ def test_a_model_that_learnt_nothing_still_gives_a_page_with_ones_own_pictures(r
     assert json.loads((tmp_path / "b.json").read_text()) == record, "the same seed, the same article"
 
 
-def test_what_cannot_be_written_is_refused_in_one_line_and_leaves_nothing(run_dir, collection, tmp_path, capsys):
+def test_what_cannot_be_written_is_refused_in_one_line_and_leaves_nothing(demo, run_dir, collection, tmp_path, capsys):
     def refused(*arguments: object, instruction: str = "x", model: Path = run_dir) -> str:
         code, said = run(capsys, model, "--instruction", instruction, *arguments)
         assert code == 2
@@ -206,8 +208,12 @@ def test_what_cannot_be_written_is_refused_in_one_line_and_leaves_nothing(run_di
         return said
 
     out = ["-o", tmp_path / "a.html"]
+    for stage, what in (("pretrain", "not trained to follow instructions"), ("sft", "tokens of prompt are too many")):
+        unread = write_run(demo, tmp_path / stage, stage)
+        shutil.rmtree(unread / "final")  # found before weights are looked for
+        assert what in refused(*out, model=unread, instruction="apple " * 17_000)
+        shutil.rmtree(unread)
     assert "--instruction is empty" in refused(*out, instruction=" ")
-    assert "tokens of prompt are too many" in refused(*out, instruction="apple " * 17_000)
     assert "no picture at" in refused(*out, "--images", "gone.png")
     assert "is no collection" in refused(*out, "--collection", tmp_path)
     assert "is no run directory" in refused(*out, model=tmp_path)

@@ -162,6 +162,8 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_in_one_line(demo, tmp_path,
     assert "stage language, which has seen no picture" in refused(language, f"'{picture}'")
     (language / "final" / "manifest.json").unlink()
     assert "has no final weights" in refused(language, "hello")
+    assert "stage language, which has seen no picture" in refused(language, f"'{picture}'"), "before weights are looked for"
+    assert "tokens of prompt are too many" in refused(language, "apple " * 17_000)
 
 
 def test_a_mistake_costs_its_line_and_new_forgets(run_dir, picture, monkeypatch, capsys):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from finished_run import write_run
 from PIL import Image
 
 from compose.cli import main
@@ -133,7 +134,7 @@ def test_a_picture_finds_itself_scaled_and_encoded_anew_before_all_others(seen, 
     assert [e.name for e in found.search("the sun", 5)] == [e.name for e in Collection(collection).search("the sun", 5)]
 
 
-def test_a_search_by_picture_without_the_model_that_looked_is_refused(seen, collection, run_dir, tmp_path, capsys):
+def test_a_search_by_picture_without_the_model_that_looked_is_refused(demo, seen, collection, tmp_path, capsys):
     shown = picture(tmp_path / "a.png")
     code, _, error = commanded(capsys, "search", collection, "--image", shown)
     assert (code, error.count("\n")) == (2, 1)
@@ -146,6 +147,11 @@ def test_a_search_by_picture_without_the_model_that_looked_is_refused(seen, coll
         code, _, error = commanded(capsys, "search", moved, "--image", shown)
         assert (code, error.count("\n")) == (2, 1)
         assert said in error
+    language = write_run(demo, tmp_path / "language", "language")
+    shutil.rmtree(language / "final")  # its stage is found before its weights are looked for
+    code, _, error = commanded(capsys, "build", shown.parent, "-o", tmp_path / "c", "--model", language)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "has seen no picture" in error
     code, out, _ = commanded(capsys, "search", collection, "the sun is shining", "--count", 2)
     assert (code, out.count("\n")) == (0, 2)
 

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +200,26 @@ def test_text_is_compared_with_what_the_stage_began_from_paragraph_by_paragraph(
     assert "names no held-out text (give --data FOLDER" in refused(capsys, base, "--suite", "text")
     assert "names no held-out pairs (give --data FOLDER" in refused(capsys, base, "--suite", "captions")
     assert "--base belongs to --suite text" in refused(capsys, base, "--suite", "captions", "--base", base)
+
+
+def test_what_a_model_cannot_be_asked_is_refused_before_its_weights_are_looked_for(demo, documents, tmp_path, capsys):
+    language = write_run(demo, tmp_path / "language", "language")
+    shutil.rmtree(language / "final")
+    (tmp_path / "red.png").write_bytes(make_image())
+    asked = {"question": "What?", "A": "red", "B": "blue", "answer": "A"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(asked | {"image": "red.png"}))
+    assert "has seen no picture" in refused(capsys, language, "--suite", "choices", "--data", tmp_path / "q.jsonl")
+    assert "has seen no picture" in refused(capsys, language, "--suite", "composition", "--data", documents)
+    for suite, source in (("captions", "heldout/unseen_concept/validation"), ("text", "heldout/text")):
+        folder = demo.copy(source, tmp_path / suite)
+        facts = json.loads((folder / "source.json").read_text())
+        (folder / "source.json").write_text(json.dumps({**facts, "tokenizer": "another"}))
+        assert "was indexed with another tokenizer" in refused(capsys, language, "--suite", suite, "--data", folder)
+    other = write_run(demo, tmp_path / "other", "language", tokenizer=str(shutil.copytree(demo.tokenizer, tmp_path / "tokenizer")))
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text().replace(" ", "  ", 1))
+    said = refused(capsys, language, "--suite", "text", "--data", demo.source("heldout/text"), "--base", other)
+    assert "has another tokenizer: losses a token cannot be compared" in said
 
 
 # composition
