@@ -213,6 +213,7 @@ def _article(args: argparse.Namespace) -> int:
     find = None
     if args.collection:
         found = collection.Collection(args.collection)
+        found.require_pictures()
         find = lambda text, used: found.retrieve(text, CANDIDATES, used)  # noqa: E731
     elif references:
         find = collection.among(references, CANDIDATES)

@@ -160,6 +160,18 @@ class Collection:
             found = query.select([*COLUMNS, "_distance"]).limit(count).to_list()
         return [Entry(*(f[name] for name in COLUMNS), likeness=1 - f["_distance"]) for f in found]
 
+    def require_pictures(self) -> None:
+        """Refuses a collection whose pictures have all gone.
+
+        Raises:
+            UserError: they have.
+        """
+        with _undamaged(self._folder):
+            rows = self._table.search().select([*COLUMNS]).to_batches()
+            entries = (Entry(**row) for batch in rows for row in batch.to_pylist())
+            if not any(self._read(entry) for entry in entries):
+                raise UserError(f"{self._folder.absolute()}: none of its {self.size} pictures can be read any more (build it anew)")
+
     def retrieve(self, text: str, count: int, without: set[str]) -> list[Picture]:
         """As `search`, with the pictures themselves: no picture twice, none of the digests `without`, none that is gone."""
         wanted = count + len(without)

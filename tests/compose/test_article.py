@@ -15,7 +15,7 @@ from compose import prompts
 from compose.article import Article, compose
 from compose.assistant import Assistant, Said, Turn, load
 from compose.cli import main
-from compose.collection import Collection
+from compose.collection import Collection, build
 from compose.page import check_output, write
 from compose.prompts import Read
 from train.generate import GREEDY, Sampling
@@ -96,6 +96,17 @@ def test_a_short_context_loses_lines_then_candidates_and_never_the_article(assis
         "two pictures do not fit the model's context; took the nearest by caption",
     ]
     assert tiny.pictures[0][0] == tiny.steps[3].candidates[0]
+
+
+def test_a_search_that_finds_nothing_leaves_the_line_bare_and_is_said_in_record_and_page(assistant, tmp_path):
+    scripted = Scripted(assistant, [TEXT, "<Seg0>", "A red apple"])
+    article = compose(scripted, "Write about fruit", [], lambda text, used: [], 3, 100, GREEDY)
+    assert not article.pictures
+    assert [s.step for s in article.steps if s.fallback] == ["retrieve"]
+    write(article, {"checkpoint": "runs/x", "stage": "sft", "collection": None}, tmp_path / "a.html", tmp_path / "a.json")
+    said = "found none that is still there and not used yet; left the line without a picture"
+    assert json.loads((tmp_path / "a.json").read_text())["steps"][-1]["fallback"] == said
+    assert said in (tmp_path / "a.html").read_text()
 
 
 TOOK = "not marks alone, or lines that are not there, or too many; took the first 3 valid marks"
@@ -219,5 +230,10 @@ def test_what_cannot_be_written_is_refused_in_one_line_and_leaves_nothing(demo, 
     assert "is no run directory" in refused(*out, model=tmp_path)
     assert "no folder" in refused("-o", tmp_path / "no" / "a.html")
     assert not list(tmp_path.iterdir())
+    gone = tmp_path / "gone.png"
+    Image.new("RGB", (9, 9)).save(gone)
+    build(tmp_path, tmp_path / "emptied")
+    gone.unlink()
+    assert "none of its 1 pictures can be read any more" in refused(*out, "--collection", tmp_path / "emptied", model=tmp_path)
     (tmp_path / "a.json").write_text("mine")
     assert "exists" in refused(*out)

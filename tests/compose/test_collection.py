@@ -51,6 +51,11 @@ def test_a_folder_gives_captions_beside_pictures_and_out_of_names(tmp_path):
     assert found.retrieve("ship at sea", 1, set())[0].caption == "A sailing boat on a lake"
     (folder / "deep" / "IMG_1.JPG").unlink()
     assert len(found.retrieve("ship at sea", 4, set())) == 2, "a picture that is gone is passed over"
+    (folder / "copyOfBarn.webp").unlink()
+    found.require_pictures()
+    (folder / "old_red-barn2.png").unlink()
+    with pytest.raises(UserError, match="none of its 3 pictures can be read any more"):
+        found.require_pictures()
 
 
 def test_what_is_no_collection_or_gives_none_is_refused_and_leaves_nothing(demo, tmp_path, capsys):
