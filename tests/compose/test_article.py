@@ -175,6 +175,15 @@ def test_the_page_shows_text_and_pictures_and_asks_nobody(page, written, width):
     size = page.run("parseFloat(getComputedStyle(document.querySelector('article p')).fontSize)")
     assert size >= 16
     assert page.run("document.querySelector('article p').offsetWidth") / size < 45, "lines that an eye can follow"
+    page.run("document.querySelector('details').open = true")
+    assert page.run("document.documentElement.scrollWidth") <= width, "with all questions shown"
+    assert page.run("[...document.querySelectorAll('.step')].length") == 6
+    outside = "e => e.getBoundingClientRect().right > innerWidth || e.getBoundingClientRect().width < 1"
+    assert page.run(f"[...document.querySelectorAll('.step, .step pre, .shown > div, .shown img')].filter({outside}).length") == 0
+    columns = page.run("[...document.querySelectorAll('.shown')].map(e => getComputedStyle(e).gridTemplateColumns.split(' ').length)")
+    assert columns == [2 if width == 400 else 4] * 2, "pictures that an eye can compare"
+    assert page.run("Math.min(...[...document.querySelectorAll('.shown img')].map(e => e.offsetWidth))") >= 100
+    assert page.run("Math.min(...[...document.querySelectorAll('.step pre')].map(e => parseFloat(getComputedStyle(e).fontSize)))") >= 12
     assert "1 with a remark" in page.run("document.querySelector('summary').textContent")
 
 
@@ -208,6 +217,24 @@ def test_a_model_that_learnt_nothing_still_gives_a_page_with_ones_own_pictures(r
     assert record["steps"][0]["prompt"].startswith("<picture: 0.png><picture: 1.png><picture: 2.png>food fruit")
     assert run(capsys, *common, tmp_path / "b.html")[0] == 0
     assert json.loads((tmp_path / "b.json").read_text()) == record, "the same seed, the same article"
+
+
+def test_an_article_takes_its_pictures_from_a_collection(run_dir, collection, tmp_path, capsys):
+    common = [run_dir, "--instruction", "food fruit", "--collection", collection, "--pictures", 2, "--max-tokens", 30]
+    code, said = run(capsys, *common, "-o", tmp_path / "a.html")
+    assert code == 0, said
+    assert f"open {tmp_path / 'a.html'}" in said
+    record = json.loads((tmp_path / "a.json").read_text())
+    retrieved = [step for step in record["steps"] if step["step"] == "retrieve"]
+    placed = record["article"]["pictures"]
+    assert 1 <= len(placed) == len(retrieved) <= 2
+    known = {(e.name, e.caption) for e in Collection(collection).search("fruit", 200)}
+    for step, picture in zip(retrieved, placed, strict=True):
+        assert {(c["name"], c["known_as"]) for c in step["candidates"]} <= known and step["used"] == 4
+        assert picture["sha256"] in {c["sha256"] for c in step["candidates"]}
+    assert len({p["sha256"] for p in placed}) == len(placed)
+    assert record["made_with"]["collection"] == str(collection)
+    assert (tmp_path / "a.html").read_text().count("<figure>") == len(placed)
 
 
 def test_what_cannot_be_written_is_refused_in_one_line_and_leaves_nothing(demo, run_dir, collection, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,13 @@ from finished_run import write_run
 from PIL import Image
 
 from compose import chat
-from compose.assistant import Assistant, Turn, _elements, load
+from compose.assistant import Assistant, Said, Turn, _elements, load
 from compose.cli import main
 from compose.pictures import Picture
 from data_pipeline.errors import UserError
 from data_pipeline.samples import Kind, Role, parse
 from data_pipeline.text.templates import render, whole
-from train.generate import GREEDY
+from train.generate import GREEDY, generate
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,27 @@ def test_ask_prints_the_same_answer_every_time_and_another_for_another_picture(r
     assert ask(f"what is '{picture}'") != first
     drawn = [ask("hello", "--temperature", "3", "--seed", str(seed)) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_an_answer_ends_at_the_token_that_ends_a_turn_and_does_not_show_it(demo, tmp_path, picture):
+    file = shutil.copytree(demo.tokenizer, tmp_path / "tokenizer") / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    for word, number in list(settings["model"]["vocab"].items())[-2:]:
+        name = f"[UNUSED_TOKEN_{145 + number % 2}]"
+        settings["model"]["vocab"][name] = settings["model"]["vocab"].pop(word)
+        settings["added_tokens"].append({**settings["added_tokens"][0], "id": number, "content": name})
+    file.write_text(json.dumps(settings))
+    talker = load(write_run(demo, tmp_path / "run", tokenizer=str(file.parent)))
+    turns = [Turn(Role.user, ["what is it? ", Picture("p", picture.read_bytes())])]
+    ids = generate(talker.model, [talker._prompt(turns)], talker.tokenizer, 12)[0].ids
+    (end,) = talker.tokenizer.encode_template("[UNUSED_TOKEN_145]")
+    assert not talker.answer(turns, 12).whole and end not in ids
+    at = next(i for i in range(3, 12) if ids.index(ids[i]) == i)
+    rows = talker.model.head.weight.data
+    rows[[ids[at], end]] = rows[[end, ids[at]]]  # where it wrote that word, it ends its turn
+    assert talker.answer(turns, 12) == Said(talker.tokenizer.decode(ids[:at]).strip(), whole=True)
+    conversation = chat.Chat(talker, 12, GREEDY)
+    assert conversation.say(f"what is it? '{picture}'")[1] == "", "nothing to remark"
 
 
 def test_what_no_longer_fits_is_forgotten_turn_by_turn_and_said(assistant):
