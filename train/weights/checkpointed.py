@@ -3,6 +3,8 @@
 Invariant: the checkpoint has passed its manifest before anything of it is read.
 """
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -57,4 +59,5 @@ def _partitioned(folder: Path) -> dict[str, Tensor]:
     """ZeRO-3: each rank has its part, in fp32 beside its optimizer state; rounding them gives the weights that the run had."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name, exclude_frozen_parameters=True)
+    with redirect_stdout(sys.stderr):  # it tells what it does; stdout is for what was asked for
+        return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name, exclude_frozen_parameters=True)
