@@ -100,10 +100,9 @@ _EVAL = """Prints tables in Markdown; each figure stands beside what guessing, o
   xc-compose eval runs/demo/sft --suite text --base runs/demo/language
   xc-compose eval hub/my-xcomposer2 --suite choices --data mmbench_dev.jsonl -o mmbench.json
   xc-compose eval runs/small/compose --suite composition --data runs/small/data/heldout/documents"""
-_CHAT = """A line is a turn; the path of a picture in it (jpg, png, webp; quoted if it has blanks) stands for the
-picture; quotes, brackets and marks around it do not count.
-The conversation is laid out as in the training data, with the turn tokens that the model's vocabulary has. Without a terminal, lines are
-read from standard input. /new forgets what was said."""
+_CHAT = """A line is a turn; the path of a picture in it (jpg, png, webp; quoted if it has blanks) stands for the picture. Brackets and
+commas around it are words of the line. The conversation is laid out as in the training data, with the turn tokens that the model's
+vocabulary has. Without a terminal, lines are read from standard input. /new forgets what was said."""
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
