@@ -90,7 +90,8 @@ def compose(
         used = {picture.digest for picture, _ in article.pictures.values()}
         candidates = find(words, used)[:CANDIDATES]
         names = [f"{c.name}: {c.caption}" if c.caption else c.name for c in candidates]
-        article.steps.append(Step("retrieve", words, "\n".join(names), len(candidates), line, candidates=tuple(candidates)))
+        nothing = None if candidates else "found none that is still there and not used yet; left the line without a picture"
+        article.steps.append(Step("retrieve", words, "\n".join(names), len(candidates), line, nothing, tuple(candidates)))
         if candidates:
             article.pictures[line] = candidates[_choose(assistant, article, line, words, candidates)], words
     return article

@@ -19,7 +19,7 @@ from data_pipeline.text.tokenizer import Tokenizer
 from train.config import Stage
 from train.generate import GREEDY, Sampling, generate, next_logits
 from train.model.xcomposer2 import XComposer2
-from train.weights.opened import Opened, open_model
+from train.weights.opened import Opened, open_model, read_config
 
 Parts = Sequence[str | Picture]
 """What one turn says, in order."""
@@ -46,42 +46,25 @@ LEAST_ROOM = 8
 """Tokens that must be left for an answer."""
 
 
-class Assistant:
-    """A model, its tokenizer and its image policy."""
+class Prompter:
+    """What is known of a model before its weights are read: how it is asked, and what it cannot be asked."""
 
-    def __init__(self, model: XComposer2, tokenizer: Tokenizer, images: ImageConfig, context: int, stage: Stage, weights: str) -> None:
-        """`context` is the longest text that the model was trained on, in tokens; `weights` the digest of its weights."""
-        self.model, self.tokenizer, self.images = model.eval(), tokenizer, images
-        self.context, self.stage, self.weights = context, stage, weights
-        ends = tokenizer.encode_template(chat_format(tokenizer).end_answer)
-        self._stop = ends if len(ends) == 1 else []
+    def __init__(self, tokenizer: Tokenizer, images: ImageConfig, context: int, stage: Stage) -> None:
+        """`context` is the longest text that the model was trained on, in tokens."""
+        self.tokenizer, self.images, self.context, self.stage = tokenizer, images, context, stage
 
-    def answer(self, turns: Sequence[Turn], max_tokens: int, sampling: Sampling = GREEDY) -> Said:
-        """What the model says next; the last turn is a user's.
-
-        It is no longer than `max_tokens`, nor than the context leaves room for.
+    def room(self, turns: Sequence[Turn]) -> int:
+        """Tokens that the context leaves for an answer; the last turn is a user's.
 
         Raises:
-            UserError: the turns leave no room for an answer, or the model never saw a picture.
+            UserError: too few, or there are pictures and the model never saw one.
         """
-        prompt = self._prompt(turns)
-        length = len(prompt.rendered.ids)
-        room = self.context - length
-        if room < LEAST_ROOM:
+        if any(isinstance(part, Picture) for turn in turns for part in turn.parts):
+            self.require_sight()
+        length = self.length(turns)
+        if self.context - length < LEAST_ROOM:
             raise UserError(f"{length} tokens of prompt are too many for a model that was trained on {self.context} (shorten it)")
-        max_tokens = min(max_tokens, room)
-        answer = generate(self.model, [prompt], self.tokenizer, max_tokens, self._stop, sampling)[0]
-        return Said(self.tokenizer.decode(answer.ids).strip(), answer.stopped)
-
-    def spoken(self, turns: Sequence[Turn], answer: str) -> Segment:
-        """The turns and an answer, which alone is supervised: what training shows."""
-        elements = [*_elements(turns), TextElement(answer), AnswerEndElement(last=True)]
-        return self._segment(turns, self._render(elements, last=True))
-
-    def likeliest(self, turns: Sequence[Turn], options: Sequence[str]) -> int:
-        """Which of the options' first tokens the model would rather begin its answer with."""
-        logits = next_logits(self.model, [self._prompt(turns)], self.tokenizer)[0]
-        return max(range(len(options)), key=lambda i: float(logits[self.tokenizer.encode(options[i])[0]]))
+        return self.context - length
 
     def length(self, turns: Sequence[Turn]) -> int:
         """Tokens of a prompt, pictures included."""
@@ -96,6 +79,55 @@ class Assistant:
         if self.stage is Stage.language:
             raise UserError("this is a checkpoint of stage language, which has seen no picture (take one of pretrain, sft or compose)")
 
+    def require_obedience(self) -> None:
+        """Refuses a model that was not trained to follow instructions.
+
+        Raises:
+            UserError: it was not.
+        """
+        if self.stage not in (Stage.sft, Stage.compose):
+            what = f"a checkpoint of stage {self.stage.value}, which was not trained to follow instructions"
+            raise UserError(f"this is {what} (take one of sft or compose)")
+
+    def _render(self, elements: Sequence[Element], last: bool = False) -> Rendered:
+        return render(elements, Bounds(0, 0, len(elements), 0, last), self.tokenizer, self._image_tokens)
+
+    def _image_tokens(self, element: ImageElement) -> int:
+        return images.image_tokens(element.data, self.images)
+
+
+class Assistant(Prompter):
+    """A model, its tokenizer and its image policy."""
+
+    def __init__(self, model: XComposer2, tokenizer: Tokenizer, images: ImageConfig, context: int, stage: Stage, weights: str) -> None:
+        """As `Prompter`; `weights` is the digest of the model's weights."""
+        super().__init__(tokenizer, images, context, stage)
+        self.model, self.weights = model.eval(), weights
+        ends = tokenizer.encode_template(chat_format(tokenizer).end_answer)
+        self._stop = ends if len(ends) == 1 else []
+
+    def answer(self, turns: Sequence[Turn], max_tokens: int, sampling: Sampling = GREEDY) -> Said:
+        """What the model says next; the last turn is a user's.
+
+        It is no longer than `max_tokens`, nor than the context leaves room for.
+
+        Raises:
+            UserError: as `room`.
+        """
+        max_tokens = min(max_tokens, self.room(turns))
+        answer = generate(self.model, [self._prompt(turns)], self.tokenizer, max_tokens, self._stop, sampling)[0]
+        return Said(self.tokenizer.decode(answer.ids).strip(), answer.stopped)
+
+    def spoken(self, turns: Sequence[Turn], answer: str) -> Segment:
+        """The turns and an answer, which alone is supervised: what training shows."""
+        elements = [*_elements(turns), TextElement(answer), AnswerEndElement(last=True)]
+        return self._segment(turns, self._render(elements, last=True))
+
+    def likeliest(self, turns: Sequence[Turn], options: Sequence[str]) -> int:
+        """Which of the options' first tokens the model would rather begin its answer with."""
+        logits = next_logits(self.model, [self._prompt(turns)], self.tokenizer)[0]
+        return max(range(len(options)), key=lambda i: float(logits[self.tokenizer.encode(options[i])[0]]))
+
     def _prompt(self, turns: Sequence[Turn]) -> Segment:
         return self._segment(turns, self._render(_elements(turns)))
 
@@ -107,16 +139,20 @@ class Assistant:
         tiles = tuple(tile for picture in seen for tile in picture.tiles)
         return Segment(rendered, tiles, 0, 0, tuple(grid for picture in seen for grid in picture.grids))
 
-    def _render(self, elements: Sequence[Element], last: bool = False) -> Rendered:
-        return render(elements, Bounds(0, 0, len(elements), 0, last), self.tokenizer, self._image_tokens)
-
-    def _image_tokens(self, element: ImageElement) -> int:
-        return images.image_tokens(element.data, self.images)
-
 
 def ask(*parts: str | Picture) -> list[Turn]:
     """A conversation of one question."""
     return [Turn(Role.user, parts)]
+
+
+def prompter(checkpoint: Path) -> Prompter:
+    """How the model of a checkpoint is asked, from its config and tokenizer alone.
+
+    Raises:
+        UserError: as `read_config`, or the tokenizer is not there.
+    """
+    config = read_config(checkpoint)
+    return Prompter(Tokenizer(config.data.tokenizer), config.data.images, config.data.context, config.run.stage)
 
 
 def load(checkpoint: Path) -> Assistant:

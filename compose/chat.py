@@ -15,7 +15,12 @@ from data_pipeline.samples import Role
 from train.generate import Sampling
 
 _ENDING = rf"(?:{'|'.join(re.escape(e) for e in pictures.EXTENSIONS)})"
-_PATH = re.compile(rf"""(?P<quote>["'])(?P<quoted>.+?{_ENDING})(?P=quote)|(?P<plain>\S+?{_ENDING})(?!\w)""", re.I)
+_QUOTED = rf"""(?<!\w)(?P<quote>["'])(?P<quoted>(?:(?!(?P=quote)).|(?<=\w)'(?=\w))+?{_ENDING})(?P=quote)"""
+"""Between quotes; neither begins nor ends with the apostrophe of a word (`what's in 'my dog's photo.png'?`)."""
+_AROUND = r"""\s"'“”‘’(\[{<>,;:!?"""
+_PLAIN = rf"""(?<![^{_AROUND}])(?P<plain>[^{_AROUND}]\S*?{_ENDING})(?!\.?\w)"""
+"""Up to a blank, or what no name begins with: brackets and marks around it are words of the line."""
+_PATH = re.compile(f"{_QUOTED}|{_PLAIN}", re.I)
 
 WELCOME = "Paths of pictures in a line are pictures (quote a path with blanks). /new forgets what was said; Ctrl-D ends."
 

@@ -61,13 +61,13 @@ def _question(line: str, file: Path, number: int, images: dict[str, str]) -> Que
         given = (row.get(f"choice_{letter.lower()}" if seed else letter) for letter in LETTERS)
         options = [str(option) for option in takewhile(_is_option, given)]
         name, category = ("question_id", "question_type_id") if seed else ("index", "category")
-        image = _words(row.get("data_id" if seed else "image"))
+        image = _named(row.get("data_id")) if seed else _words(row.get("image"))
         image = images.setdefault(str(row.get("index", where)), images.get(image, image))
         words = prompts.letter("\n".join(filter(None, (_words(row.get("hint")), str(row["question"])))), options)
         return Question(
             str(row.get(name, number)),
             str(row.get(category, "-")),
-            [*_picture(row, image, file, where), words],
+            [*_picture(row, image, seed, file, where), words],
             len(options),
             _answer(row, options),
         )
@@ -88,18 +88,25 @@ def _answer(row: dict[str, Any], options: list[str]) -> int:
     return LETTERS.index(answer)
 
 
-def _picture(row: dict[str, Any], image: str, file: Path, where: str) -> list[Picture]:
-    """A file beside the JSONL, or base64."""
+def _picture(row: dict[str, Any], image: str, seed: bool, file: Path, where: str) -> list[Picture]:
+    """A file beside the JSONL, or base64; SEED-Bench names files, whose names have no extension (1454426_2591111986)."""
     if row.get("data_type", "image") != "image":
         raise ValueError(f"it is about a {row['data_type']}, not an image")
     if not image:
         return []
-    if image.lower().endswith(pictures.EXTENSIONS):
+    if seed or image.lower().endswith(pictures.EXTENSIONS):
         return pictures.read([file.parent / image])
     try:
         return [pictures.decoded("image", base64.b64decode(image, validate=True), f"the image of {where}")]
     except binascii.Error:
         raise ValueError("its image is neither base64 nor the name of a file") from None
+
+
+def _named(value: object) -> str:
+    """A file's name, or nothing where none is given."""
+    if _is_option(value) and not isinstance(value, str):
+        raise ValueError(f"its data_id, {value!r}, is no name of a file")
+    return _words(value)
 
 
 def _words(value: object) -> str:

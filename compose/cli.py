@@ -1,9 +1,11 @@
 """`xc-compose`: talk to a trained model, collect pictures, and have it write articles with them.
 
-Invariant: everything that can be refused is refused before a model is loaded, in one line, with exit code 2.
+Invariant: whatever can be known without a model's weights (its stage, the length of a question, the data) is refused before they are
+read; every refusal is one line with exit code 2.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,9 +100,9 @@ _EVAL = """Prints tables in Markdown; each figure stands beside what guessing, o
   xc-compose eval runs/demo/sft --suite text --base runs/demo/language
   xc-compose eval hub/my-xcomposer2 --suite choices --data mmbench_dev.jsonl -o mmbench.json
   xc-compose eval runs/small/compose --suite composition --data runs/small/data/heldout/documents"""
-_CHAT = """A line is a turn; the path of a picture in it (jpg, png, webp; quoted if it has blanks) stands for the picture.
-The conversation is laid out as in the training data, with the turn tokens that the model's vocabulary has. Without a terminal, lines are
-read from standard input. /new forgets what was said."""
+_CHAT = """A line is a turn; the path of a picture in it (jpg, png, webp; quoted if it has blanks) stands for the picture. Brackets and
+commas around it are words of the line. The conversation is laid out as in the training data, with the turn tokens that the model's
+vocabulary has. Without a terminal, lines are read from standard input. /new forgets what was said."""
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -115,12 +117,12 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 def _add_sampling(parser: argparse.ArgumentParser, max_tokens: int, temperature: float) -> None:
     parser.add_argument("--max-tokens", type=_positive, default=max_tokens, metavar="N", help="longest answer (default %(default)s)")
     parser.add_argument(
-        "--temperature", type=_share, default=temperature, metavar="X", help="0 = always the likeliest word (default %(default)s)"
+        "--temperature", type=_temperature, default=temperature, metavar="X", help="0 = always the likeliest word (default %(default)s)"
     )
     parser.add_argument(
         "--top-p", type=_share, default=0.95, metavar="X", help="share of the likeliest words that are drawn from (default %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of what is drawn (default %(default)s)")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of what is drawn (default %(default)s)")
 
 
 def _positive(text: str) -> int:
@@ -129,14 +131,31 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 on")
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on, below 2^63")
+    return int(text)
+
+
+def _temperature(text: str) -> float:
+    value = _number(text)
+    if value != 0 and not 0.01 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is no temperature (give 0, or 0.01 to 100)")
     return value
+
+
+def _share(text: str) -> float:
+    value = _number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share (give a number above 0, up to 1)")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _chat(args: argparse.Namespace) -> int:
@@ -146,7 +165,7 @@ def _chat(args: argparse.Namespace) -> int:
     if args.ask is not None:
         if not args.ask.strip():
             raise UserError("--ask is empty (ask something)")
-        chat.parts(args.ask)  # a missing picture is found before the weights are read
+        assistant.prompter(args.checkpoint).room(assistant.ask(*chat.parts(args.ask)))
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     conversation = chat.Chat(assistant.load(args.checkpoint), args.max_tokens, sampling)
     if args.ask is not None:
@@ -181,7 +200,7 @@ def _search(args: argparse.Namespace) -> int:
 
 
 def _article(args: argparse.Namespace) -> int:
-    from compose import assistant, collection, pictures
+    from compose import assistant, collection, pictures, prompts
     from compose.article import CANDIDATES, compose
     from compose.page import check_output, write
     from train.generate import Sampling
@@ -193,12 +212,14 @@ def _article(args: argparse.Namespace) -> int:
     find = None
     if args.collection:
         found = collection.Collection(args.collection)
+        found.require_pictures()
         find = lambda text, used: found.retrieve(text, CANDIDATES, used)  # noqa: E731
     elif references:
         find = collection.among(references, CANDIDATES)
+    prompter = assistant.prompter(args.checkpoint)
+    prompter.require_obedience()
+    prompter.room(assistant.ask(*prompts.write(args.instruction, references)))
     writer = assistant.load(args.checkpoint)
-    if find is not None:
-        writer.require_sight()
     most = args.pictures if args.collection else min(args.pictures, len(references))
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     article = compose(writer, args.instruction, references, find, most, args.max_tokens, sampling)

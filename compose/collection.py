@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -114,20 +115,22 @@ class Collection:
         """Opens it.
 
         Raises:
-            UserError: no collection, or one of another embedder.
+            UserError: no collection, one of another embedder, or its table or the folder of its pictures is gone.
         """
         try:
             facts = json.loads((folder / FACTS).read_bytes())
-        except (OSError, ValueError):
+            origin, self.size = Path(facts["of"]), int(facts["pictures"])
+        except (OSError, ValueError, LookupError, TypeError):
             raise UserError(f"{folder.absolute()} is no collection (make one: xc-compose collection build FOLDER -o C)") from None
         if facts.get("embedder") != embed.NAME:
             raise UserError(f"{folder.absolute()} was embedded by {facts.get('embedder')}, not {embed.NAME} (build it anew)")
-        if not Path(facts["of"]).is_dir():
-            raise UserError(f"{folder.absolute()}: its pictures lay in {facts['of']}, which is gone (build it anew)")
-        self.size: int = facts["pictures"]
+        if not origin.is_dir():
+            raise UserError(f"{folder.absolute()}: its pictures lay in {origin}, which is gone (build it anew)")
         self._sight: dict[str, Any] | None = facts.get("sight")
         self._folder = folder
-        self._table = lancedb.connect(folder).open_table(TABLE)
+        with _undamaged(folder):
+            self._table = lancedb.connect(folder).open_table(TABLE)
+            self._table.search().select([*COLUMNS]).limit(1).to_list()
         self._sources: dict[str, ShardSource] = {}
         self._reader = ShardReader()
 
@@ -153,8 +156,21 @@ class Collection:
 
     def _nearest(self, column: str, vector: np.ndarray, count: int) -> list[Entry]:
         query = self._table.search(vector, vector_column_name=column).distance_type("cosine").nprobes(PROBES)
-        found = query.select([*COLUMNS, "_distance"]).limit(count).to_list()
+        with _undamaged(self._folder):
+            found = query.select([*COLUMNS, "_distance"]).limit(count).to_list()
         return [Entry(*(f[name] for name in COLUMNS), likeness=1 - f["_distance"]) for f in found]
+
+    def require_pictures(self) -> None:
+        """Refuses a collection whose pictures have all gone.
+
+        Raises:
+            UserError: they have.
+        """
+        with _undamaged(self._folder):
+            rows = self._table.search().select([*COLUMNS]).to_batches()
+            entries = (Entry(**row) for batch in rows for row in batch.to_pylist())
+            if not any(self._read(entry) for entry in entries):
+                raise UserError(f"{self._folder.absolute()}: none of its {self.size} pictures can be read any more (build it anew)")
 
     def retrieve(self, text: str, count: int, without: set[str]) -> list[Picture]:
         """As `search`, with the pictures themselves: no picture twice, none of the digests `without`, none that is gone."""
@@ -181,6 +197,15 @@ class Collection:
             self._sources[entry.place] = ShardSource(Path(entry.place).name, entry.place)
         elements = parse(Kind.pair, read_members(self._reader.read(self._sources[entry.place].locate(entry.row))))
         return next(e.data for e in elements if isinstance(e, ImageElement))
+
+
+@contextmanager
+def _undamaged(folder: Path) -> Iterator[None]:
+    """Says of whatever LanceDB raises where files of a table are gone or cut short what it means."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError):
+        raise UserError(f"{folder.absolute()}: its table {TABLE}.lance is gone or damaged (build it anew)") from None
 
 
 def among(pictures: Sequence[Picture], count: int) -> Callable[[str, set[str]], list[Picture]]:

@@ -81,7 +81,7 @@ def render(article: Article, facts: dict[str, Any]) -> str:
         article=article,
         figures=figures,
         facts=facts,
-        questions=[_question(step) for step in article.steps if step.step != "retrieve"],
+        questions=[_question(step) for step in article.steps if step.step != "retrieve" or step.fallback],
         remarks=sum(step.fallback is not None for step in article.steps),
     )
 

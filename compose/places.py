@@ -86,7 +86,7 @@ def read(folder: Path) -> list[Page]:
     """The pages of an indexed source of documents that have a picture behind a line.
 
     Raises:
-        UserError: no such source, or too few captions in it to choose among.
+        UserError: no such source, or too few pictures with captions in it to choose among, or too many that are alike.
     """
     source = ShardSource(folder.name, folder, key="--data")
     if source.kind is not Kind.document:
@@ -95,8 +95,13 @@ def read(folder: Path) -> list[Page]:
     rows = source.kept(0, source.facts.kept)
     pages = [_page(source.key(int(row)), parse(source.kind, read_members(reader.read(source.locate(int(row)))))) for row in rows]
     pages = [page for page in pages if page.figures]
-    if len(_pool(places(pages))) < OPTIONS:
+    pool = _pool(places(pages))
+    if len(pool) < OPTIONS:
         raise UserError(f"{folder.absolute()}: fewer than {OPTIONS} documents have a picture with a caption (give a larger source)")
+    alike = next((place.page.name for place in places(pages) if len(_others(place, pool)) < OPTIONS - 1), None)
+    if alike is not None:
+        what = f"too few documents have another picture with another caption than {alike}, or than one another"
+        raise UserError(f"{folder.absolute()}: {what} (give a larger source)")
     return pages
 
 
@@ -162,10 +167,15 @@ def _pool(found: Sequence[Place]) -> dict[str, Picture]:
 
 
 def _others(place: Place, pool: dict[str, Picture]) -> list[Picture]:
-    """Pictures of three other pages, none the same picture or with the same caption."""
-    own = place.picture
-    found = sorted((name for name in pool if name != place.page.name), key=lambda name: _hash(place.name, "other", name))
-    return [pool[n] for n in found if pool[n].digest != own.digest and pool[n].caption != own.caption][: OPTIONS - 1]
+    """Pictures of three other pages; none of the four is the same picture as another or has the same caption."""
+    chosen = [place.picture]
+    for name in sorted((name for name in pool if name != place.page.name), key=lambda name: _hash(place.name, "other", name)):
+        other = pool[name]
+        if all(other.digest != one.digest and other.caption != one.caption for one in chosen):
+            chosen.append(other)
+        if len(chosen) == OPTIONS:
+            break
+    return chosen[1:]
 
 
 def _page(name: str, elements: Sequence[Element]) -> Page:

@@ -27,8 +27,8 @@ class Sight:
         Raises:
             UserError: it cannot be opened, or has seen no picture.
         """
+        assistant.prompter(checkpoint).require_sight()
         seer = assistant.load(checkpoint)
-        seer.require_sight()
         self._model, self._policy = seer.model, seer.images
         self.weights = seer.weights
         """Their digest."""

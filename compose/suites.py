@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from compose import assistant, choices, places
+from compose.pictures import Picture
 from data_pipeline.errors import UserError
 from data_pipeline.shards.source import ShardSource
-from train import configure
-from train.config import Config, Stage
-from train.evaluate import Scorer, Scores, evaluate_key, share_stderr
-from train.run_dir import RunDir, write_atomic, write_json
+from train.config import Stage
+from train.evaluate import Scorer, Scores, evaluate_key, read_candidates, share_stderr
+from train.run_dir import write_atomic, write_json
 from train.weights import exported
-from train.weights.opened import Opened, first_weights, no_model, open_model
+from train.weights.opened import Opened, first_weights, open_model, read_config
 
 PAIRS = "candidates.json"
 
@@ -124,13 +124,15 @@ Measure = Callable[[Opened], list[Table]]
 
 
 def _captions(checkpoint: Path, data: Path | None, base: Path | None) -> Measure:
-    splits = {data.name: data} if data else {name: Path(folder) for name, folder in _evaluated(checkpoint).splits.items()}
+    splits = {data.name: data} if data else {name: Path(folder) for name, folder in read_config(checkpoint).evaluate.splits.items()}
     if not splits:
         raise UserError(f"{checkpoint} names no held-out pairs (give --data FOLDER, with shards, index and {PAIRS})")
     for name, folder in splits.items():
         if not (folder / PAIRS).exists():
             raise UserError(f"no {PAIRS} in {folder.absolute()} (give --data FOLDER, with shards, index and {PAIRS})")
-        ShardSource(name, folder, key="--data" if data else evaluate_key(name))
+        source = ShardSource(name, folder, key="--data" if data else evaluate_key(name))
+        read_candidates(source)
+        source.require_tokenizer(assistant.prompter(checkpoint).tokenizer.digest)
 
     def measure(opened: Opened) -> list[Table]:
         scorer = Scorer(opened.model, opened.tokenizer, opened.config)
@@ -157,19 +159,21 @@ def _caption_table(scorer: Scorer, name: str, folder: Path) -> Table:
 
 
 def _text(checkpoint: Path, data: Path | None, base: Path | None) -> Measure:
-    named = data or _evaluated(checkpoint).text
+    named = data or read_config(checkpoint).evaluate.text
     if not named:
         raise UserError(f"{checkpoint} names no held-out text (give --data FOLDER, an indexed source of plain text)")
     folder = Path(named)
-    ShardSource("text", folder, key="--data" if data else evaluate_key("text"))
+    source = ShardSource("text", folder, key="--data" if data else evaluate_key("text"))
     if base is None and exported.is_export(checkpoint):
         raise UserError(f"{checkpoint} is an export, which does not know what its stage began from (give --base)")
+    tokenizer = assistant.prompter(checkpoint).tokenizer
+    source.require_tokenizer(tokenizer.digest)
+    if base and assistant.prompter(base).tokenizer.digest != tokenizer.digest:
+        raise UserError(f"--base {base} has another tokenizer: losses a token cannot be compared (give the model's own base)")
 
     def measure(opened: Opened) -> list[Table]:
         ours, digest = _read_text(opened, folder)
         began = open_model(base) if base else first_weights(opened.config)
-        if began.tokenizer.digest != opened.tokenizer.digest:
-            raise UserError(f"--base {base} has another tokenizer: losses a token cannot be compared (give the model's own base)")
         theirs, base_digest = _read_text(began, folder)
         change = Scores(ours.nll - theirs.nll, ours.tokens)
         rows = [
@@ -192,6 +196,8 @@ def _choices(checkpoint: Path, data: Path | None, base: Path | None) -> Measure:
     if data is None:
         raise UserError("--suite choices needs questions (give --data FILE.jsonl, in the layout of MMBench or SEED-Bench)")
     questions = choices.read(data)
+    if any(isinstance(part, Picture) for question in questions for part in question.parts):
+        assistant.prompter(checkpoint).require_sight()
 
     def measure(opened: Opened) -> list[Table]:
         asked = assistant.of(opened)
@@ -210,10 +216,10 @@ def _composition(checkpoint: Path, data: Path | None, base: Path | None) -> Meas
     if data is None:
         raise UserError("--suite composition needs documents (give --data FOLDER, an indexed source of documents)")
     pages = places.read(data)
+    assistant.prompter(checkpoint).require_sight()
 
     def measure(opened: Opened) -> list[Table]:
         asked = assistant.of(opened)
-        asked.require_sight()
         found = places.measure(asked, Scorer(opened.model, opened.tokenizer, opened.config), pages)
         pages_asked = len(found.lines)
         rows = []
@@ -232,17 +238,6 @@ def _composition(checkpoint: Path, data: Path | None, base: Path | None) -> Meas
 
 
 _SUITES = {"captions": _captions, "text": _text, "choices": _choices, "composition": _composition}
-
-
-def _evaluated(checkpoint: Path) -> Any:
-    """The `evaluate` section of a run; that of an export is empty."""
-    if exported.is_export(checkpoint):
-        return Config().evaluate
-    path = checkpoint.absolute()
-    run = next((p for p in (path, *path.parents[:2]) if RunDir(p).config.exists()), None)
-    if run is None:
-        raise no_model(path)
-    return configure.read_resolved(run).evaluate
 
 
 def _share(name: str, hits: np.ndarray, guess: float | None) -> Row:

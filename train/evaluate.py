@@ -19,7 +19,7 @@ from data_pipeline.batch import PackedBatch, Segment, assemble
 from data_pipeline.errors import UserError
 from data_pipeline.read.images import Picture, load
 from data_pipeline.read.materialise import Materialiser
-from data_pipeline.samples import ImageElement, TextElement
+from data_pipeline.samples import BadSample, ImageElement, TextElement
 from data_pipeline.shards.source import ShardSource
 from data_pipeline.text.templates import render, whole
 from data_pipeline.text.tokenizer import Tokenizer
@@ -261,21 +261,44 @@ class Scorer:
 
     def _read_split(self, name: str, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Picture]]:
         source = self._open(name, folder)
-        items = json.loads((folder / "candidates.json").read_text())["items"]
-        rows = {key: row for row, key in enumerate(source.keys())}
+        items, rows = read_candidates(source)
         reader = Materialiser([source], self.tokenizer, self.images, 0)
         pixels = {}
-        for key in sorted({k for item in items for k in (item["key"], item["wrong_image"])}):
-            if key not in rows:
-                raise UserError(f"evaluate.splits.{name}: candidates.json names {key}, which {folder} does not hold (rebuild the split)")
-            image = next(e for e in reader.elements(0, rows[key]) if isinstance(e, ImageElement))
-            pixels[key] = load(image.data, self.images, None)
+        for key, row in rows.items():
+            try:
+                image = next(e for e in reader.elements(0, row) if isinstance(e, ImageElement))
+                pixels[key] = load(image.data, self.images, None)
+            except BadSample as bad:
+                raise UserError(f"{folder.absolute()}: the picture of {key} cannot be read: {bad} (rebuild the split)") from None
         return items, pixels
 
     def _open(self, name: str, folder: Path) -> ShardSource:
         source = ShardSource(name, folder, key=evaluate_key(name))
         source.require_tokenizer(self.tokenizer.digest)
         return source
+
+
+def read_candidates(source: ShardSource) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The items of a split's `candidates.json`, and the row of each picture that they name, by key.
+
+    Raises:
+        UserError: it cannot be read, is laid out otherwise, or names a picture that the split does not hold.
+    """
+    file = Path(source.path) / "candidates.json"
+    try:
+        items = json.loads(file.read_bytes())["items"]
+        whole = items and all(i["candidates"].index(i["caption"]) == i["answer"] for i in items)
+        keys = sorted({k for i in items for k in (i["key"], i["wrong_image"])})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        layout = '{"items": [{"key", "caption", "wrong_image", "candidates": [...], "answer": number of the caption}, ...]}'
+        raise UserError(f"{file.absolute()} is not laid out as {layout} (rebuild the split)")
+    rows = {key: row for row, key in enumerate(source.keys())}
+    missing = next((key for key in keys if key not in rows), None)
+    if missing is not None:
+        raise UserError(f"{file.absolute()} names {missing}, which is not in that folder (rebuild the split)")
+    return items, {key: rows[key] for key in keys}
 
 
 def _pictures_once(batch: PackedBatch, segments: Sequence[Segment], tile_tokens: int) -> PackedBatch:

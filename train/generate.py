@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline.batch import PackedBatch, Segment, assemble
 from data_pipeline.read.images import Picture
 from data_pipeline.text.templates import Rendered
 from data_pipeline.text.tokenizer import Tokenizer
-from train.model.attention import Segments, varlen_attention
+from train.model.attention import Segments, choose_backend, longest_plain, varlen_attention
 from train.model.xcomposer2 import XComposer2
 
 
@@ -105,10 +106,23 @@ class KeyValueCache:
         texts_B = torch.arange(B, device=q_BNH.device)
         self._keys[layer][texts_B, :, self._positions_B] = k_BKH
         self._values[layer][texts_B, :, self._positions_B] = v_BKH
-        k_BKLH, v_BKLH = self._keys[layer][:, :, :L], self._values[layer][:, :, :L]
-        q_BKGH = q_BNH.view(B, K, N // K, H)
-        weights = (q_BKGH @ k_BKLH.transpose(2, 3) * H**-0.5 + self._bias).softmax(-1)
-        return (weights @ v_BKLH).reshape(B, N, H)
+        q_BKGH = q_BNH.view(B, K, N // K, H)  # the query heads that share a key head, as rows
+        out_BKGH = self._attend(q_BKGH, self._keys[layer][:, :, :L], self._values[layer][:, :, :L])
+        return out_BKGH.reshape(B, N, H)
+
+    def _attend(self, q_BKGH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor) -> Tensor:
+        """With the scores of each text rounded as they are where it is run anew: in half precision that decides between close words."""
+        backend = choose_backend(q_BKGH.device, q_BKGH.dtype)
+        limit = longest_plain(q_BKGH.dtype) if backend == "sdpa" else 0
+        plain = [length <= limit for length in self.lengths]
+        by_kernel = None if all(plain) else F.scaled_dot_product_attention(q_BKGH, k_BKLH, v_BKLH, attn_mask=self._bias)
+        if not any(plain):
+            return by_kernel
+        weights = (q_BKGH @ k_BKLH.transpose(2, 3) * q_BKGH.shape[-1] ** -0.5 + self._bias).softmax(-1)
+        by_hand = weights @ v_BKLH
+        if by_kernel is None:
+            return by_hand
+        return torch.where(torch.tensor(plain, device=q_BKGH.device)[:, None, None, None], by_hand, by_kernel)
 
 
 def next_logits(model: XComposer2, prompts: Sequence[Segment], tokenizer: Tokenizer) -> Tensor:
@@ -182,5 +196,6 @@ def _argmax(logits: Tensor) -> list[int]:
 def _draw(logits: Tensor, sampling: Sampling, draw: torch.Generator) -> int:
     """On the CPU, so that a seed means the same on every device."""
     shares, words = (logits.cpu() / sampling.temperature).softmax(-1).sort(descending=True, stable=True)
-    before = shares.cumsum(-1) - shares
-    return int(words[torch.multinomial(shares * (before < sampling.top_p), 1, generator=draw)])
+    kept = shares.cumsum(-1) - shares < sampling.top_p
+    kept[0] = True
+    return int(words[torch.multinomial(shares * kept, 1, generator=draw)])

@@ -6,7 +6,7 @@ Invariant: nothing is invented: every answer stands in the data, and the questio
 - which: the picture and four captions of the same package, lettered; the letter
 - about: the first paragraphs of a page; its first line, which is its title
 - write, lines, figure, choose: the steps of composition, for pages with figures: the title gives the page's first paragraphs; the marks
-  of the lines that figures follow; the figure's own caption; among the figure and three of other pages, its letter
+  of the lines that figures follow; the figure's own caption; among the figure and three of other pages, all different, its letter
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def of_documents(documents: Sequence[Document]) -> Iterator[Sample]:
 
 def of_composition(documents: Sequence[Document], encode: Callable[[Image.Image], bytes]) -> Iterator[Sample]:
     """The steps of composition."""
-    every = [figure for document in documents for figure in document.figures]
+    every = [(document.name, figure) for document in documents for figure in document.figures]
     for document in documents:
         title, placed = _placed(document)
         if len(placed) < 3:
@@ -77,16 +77,28 @@ def of_composition(documents: Sequence[Document], encode: Callable[[Image.Image]
                 name = f"{document.name}-{i}"
                 if figure.caption:
                     yield conversation(f"figure-{name}", prompts.caption(title, before), figure.caption)
-                    yield _choice(name, title, before, figure, every, encode)
+                    elsewhere = [other for page, other in every if page != document.name]
+                    yield from _choice(name, title, before, figure, elsewhere, encode)
                     before[-1] = Placed(line, [(Picture(name, encode(figure.image)), figure.caption)])
 
 
-def _choice(name: str, title: str, before: list[Placed], figure: Figure, every: list[Figure], encode: Callable) -> Sample:
-    others = [every[number(f"{name} {i}", len(every))] for i in range(3)]
-    at = number(f"{name} place", 4)
-    others.insert(at, figure)
-    candidates = [Picture(f"{name} {i}", encode(other.image)) for i, other in enumerate(others)]
-    return conversation(f"choose-{name}", prompts.choose(title, before, str(figure.caption), candidates), prompts.OPTIONS[at])
+def _choice(
+    name: str, title: str, before: list[Placed], figure: Figure, elsewhere: list[Figure], encode: Callable[[Image.Image], bytes]
+) -> Iterator[Sample]:
+    """A question with four different pictures; none where other pages have too few."""
+    shown = [encode(figure.image)]
+    for i in sorted(range(len(elsewhere)), key=lambda i: number(f"{name} {i}", 2**48)):
+        if len(shown) == len(prompts.OPTIONS):
+            break
+        other = encode(elsewhere[i].image)
+        if other not in shown:
+            shown.append(other)
+    if len(shown) < len(prompts.OPTIONS):
+        return
+    at = number(f"{name} place", len(shown))
+    shown.insert(at, shown.pop(0))
+    candidates = [Picture(f"{name} {i}", data) for i, data in enumerate(shown)]
+    yield conversation(f"choose-{name}", prompts.choose(title, before, str(figure.caption), candidates), prompts.OPTIONS[at])
 
 
 def _placed(document: Document) -> tuple[str, list[tuple[str, list[Figure]]]]:

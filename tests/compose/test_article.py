@@ -1,19 +1,21 @@
 """The five steps: answers are read strictly, what replaces them is recorded, and the page is one that a person can read."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from chromium import Page, browser
+from finished_run import write_run
 from PIL import Image
 
 from compose import prompts
 from compose.article import Article, compose
 from compose.assistant import Assistant, Said, Turn, load
 from compose.cli import main
-from compose.collection import Collection
+from compose.collection import Collection, build
 from compose.page import check_output, write
 from compose.prompts import Read
 from train.generate import GREEDY, Sampling
@@ -96,6 +98,17 @@ def test_a_short_context_loses_lines_then_candidates_and_never_the_article(assis
     assert tiny.pictures[0][0] == tiny.steps[3].candidates[0]
 
 
+def test_a_search_that_finds_nothing_leaves_the_line_bare_and_is_said_in_record_and_page(assistant, tmp_path):
+    scripted = Scripted(assistant, [TEXT, "<Seg0>", "A red apple"])
+    article = compose(scripted, "Write about fruit", [], lambda text, used: [], 3, 100, GREEDY)
+    assert not article.pictures
+    assert [s.step for s in article.steps if s.fallback] == ["retrieve"]
+    write(article, {"checkpoint": "runs/x", "stage": "sft", "collection": None}, tmp_path / "a.html", tmp_path / "a.json")
+    said = "found none that is still there and not used yet; left the line without a picture"
+    assert json.loads((tmp_path / "a.json").read_text())["steps"][-1]["fallback"] == said
+    assert said in (tmp_path / "a.html").read_text()
+
+
 TOOK = "not marks alone, or lines that are not there, or too many; took the first 3 valid marks"
 
 
@@ -162,6 +175,15 @@ def test_the_page_shows_text_and_pictures_and_asks_nobody(page, written, width):
     size = page.run("parseFloat(getComputedStyle(document.querySelector('article p')).fontSize)")
     assert size >= 16
     assert page.run("document.querySelector('article p').offsetWidth") / size < 45, "lines that an eye can follow"
+    page.run("document.querySelector('details').open = true")
+    assert page.run("document.documentElement.scrollWidth") <= width, "with all questions shown"
+    assert page.run("[...document.querySelectorAll('.step')].length") == 6
+    outside = "e => e.getBoundingClientRect().right > innerWidth || e.getBoundingClientRect().width < 1"
+    assert page.run(f"[...document.querySelectorAll('.step, .step pre, .shown > div, .shown img')].filter({outside}).length") == 0
+    columns = page.run("[...document.querySelectorAll('.shown')].map(e => getComputedStyle(e).gridTemplateColumns.split(' ').length)")
+    assert columns == [2 if width == 400 else 4] * 2, "pictures that an eye can compare"
+    assert page.run("Math.min(...[...document.querySelectorAll('.shown img')].map(e => e.offsetWidth))") >= 100
+    assert page.run("Math.min(...[...document.querySelectorAll('.step pre')].map(e => parseFloat(getComputedStyle(e).fontSize)))") >= 12
     assert "1 with a remark" in page.run("document.querySelector('summary').textContent")
 
 
@@ -197,7 +219,25 @@ def test_a_model_that_learnt_nothing_still_gives_a_page_with_ones_own_pictures(r
     assert json.loads((tmp_path / "b.json").read_text()) == record, "the same seed, the same article"
 
 
-def test_what_cannot_be_written_is_refused_in_one_line_and_leaves_nothing(run_dir, collection, tmp_path, capsys):
+def test_an_article_takes_its_pictures_from_a_collection(run_dir, collection, tmp_path, capsys):
+    common = [run_dir, "--instruction", "food fruit", "--collection", collection, "--pictures", 2, "--max-tokens", 30]
+    code, said = run(capsys, *common, "-o", tmp_path / "a.html")
+    assert code == 0, said
+    assert f"open {tmp_path / 'a.html'}" in said
+    record = json.loads((tmp_path / "a.json").read_text())
+    retrieved = [step for step in record["steps"] if step["step"] == "retrieve"]
+    placed = record["article"]["pictures"]
+    assert 1 <= len(placed) == len(retrieved) <= 2
+    known = {(e.name, e.caption) for e in Collection(collection).search("fruit", 200)}
+    for step, picture in zip(retrieved, placed, strict=True):
+        assert {(c["name"], c["known_as"]) for c in step["candidates"]} <= known and step["used"] == 4
+        assert picture["sha256"] in {c["sha256"] for c in step["candidates"]}
+    assert len({p["sha256"] for p in placed}) == len(placed)
+    assert record["made_with"]["collection"] == str(collection)
+    assert (tmp_path / "a.html").read_text().count("<figure>") == len(placed)
+
+
+def test_what_cannot_be_written_is_refused_in_one_line_and_leaves_nothing(demo, run_dir, collection, tmp_path, capsys):
     def refused(*arguments: object, instruction: str = "x", model: Path = run_dir) -> str:
         code, said = run(capsys, model, "--instruction", instruction, *arguments)
         assert code == 2
@@ -206,12 +246,21 @@ def test_what_cannot_be_written_is_refused_in_one_line_and_leaves_nothing(run_di
         return said
 
     out = ["-o", tmp_path / "a.html"]
+    for stage, what in (("pretrain", "not trained to follow instructions"), ("sft", "tokens of prompt are too many")):
+        unread = write_run(demo, tmp_path / stage, stage)
+        shutil.rmtree(unread / "final")  # found before weights are looked for
+        assert what in refused(*out, model=unread, instruction="apple " * 17_000)
+        shutil.rmtree(unread)
     assert "--instruction is empty" in refused(*out, instruction=" ")
-    assert "tokens of prompt are too many" in refused(*out, instruction="apple " * 17_000)
     assert "no picture at" in refused(*out, "--images", "gone.png")
     assert "is no collection" in refused(*out, "--collection", tmp_path)
     assert "is no run directory" in refused(*out, model=tmp_path)
     assert "no folder" in refused("-o", tmp_path / "no" / "a.html")
     assert not list(tmp_path.iterdir())
+    gone = tmp_path / "gone.png"
+    Image.new("RGB", (9, 9)).save(gone)
+    build(tmp_path, tmp_path / "emptied")
+    gone.unlink()
+    assert "none of its 1 pictures can be read any more" in refused(*out, "--collection", tmp_path / "emptied", model=tmp_path)
     (tmp_path / "a.json").write_text("mine")
     assert "exists" in refused(*out)

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,13 @@ from finished_run import write_run
 from PIL import Image
 
 from compose import chat
-from compose.assistant import Assistant, Turn, _elements, load
+from compose.assistant import Assistant, Said, Turn, _elements, load
 from compose.cli import main
 from compose.pictures import Picture
 from data_pipeline.errors import UserError
 from data_pipeline.samples import Kind, Role, parse
 from data_pipeline.text.templates import render, whole
-from train.generate import GREEDY
+from train.generate import GREEDY, generate
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,29 @@ def test_paths_in_a_line_are_pictures_in_their_places(picture, tmp_path):
         chat.parts(f"what is {tmp_path}/broken.png")
 
 
+@pytest.mark.parametrize(
+    ("line", "read"),
+    [
+        ("what's in 'my photo.png'?", ["what's in ", "my photo.png", "?"]),
+        ("the dogs' home in 'my photo.png', isn't it", ["the dogs' home in ", "my photo.png", ", isn't it"]),
+        ("""'my dog's photo.png' or "my dog's photo.png"?""", ["my dog's photo.png", " or ", "my dog's photo.png", "?"]),
+        ("'tis 'a.png' and 'b.png'", ["'tis ", "a.png", " and ", "b.png"]),
+        ("'a' is no 'my photo.png'", ["'a' is no ", "my photo.png"]),
+        ("an apple (a.png), no?", ["an apple (", "a.png", "), no?"]),
+        ("a.png,b.png;[a.png]", ["a.png", ",", "b.png", ";[", "a.png", "]"]),
+        ("\u201ca.png\u201d: what's this", ["\u201c", "a.png", "\u201d: what's this"]),
+        ("photo(1).png? it's a.png.", ["photo(1).png", "? it's ", "a.png", "."]),
+        ("a.png.jpg and a.png.txt", ["a.png.jpg", " and a.png.txt"]),
+        ("../HERE/a.png", ["a.png"]),
+    ],
+)
+def test_a_path_is_told_from_the_quotes_and_marks_around_it(tmp_path, monkeypatch, line, read):
+    for name in ("a.png", "b.png", "my photo.png", "my dog's photo.png", "photo(1).png", "a.png.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name, "PNG")
+    monkeypatch.chdir(tmp_path)
+    assert [p if isinstance(p, str) else p.name for p in chat.parts(line.replace("HERE", tmp_path.name))] == read
+
+
 def test_ask_prints_the_same_answer_every_time_and_another_for_another_picture(run_dir, picture, capsys):
     def ask(line: str, *options: str) -> str:
         with pytest.raises(SystemExit) as ended:
@@ -77,6 +101,27 @@ def test_ask_prints_the_same_answer_every_time_and_another_for_another_picture(r
     assert ask(f"what is '{picture}'") != first
     drawn = [ask("hello", "--temperature", "3", "--seed", str(seed)) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_an_answer_ends_at_the_token_that_ends_a_turn_and_does_not_show_it(demo, tmp_path, picture):
+    file = shutil.copytree(demo.tokenizer, tmp_path / "tokenizer") / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    for word, number in list(settings["model"]["vocab"].items())[-2:]:
+        name = f"[UNUSED_TOKEN_{145 + number % 2}]"
+        settings["model"]["vocab"][name] = settings["model"]["vocab"].pop(word)
+        settings["added_tokens"].append({**settings["added_tokens"][0], "id": number, "content": name})
+    file.write_text(json.dumps(settings))
+    talker = load(write_run(demo, tmp_path / "run", tokenizer=str(file.parent)))
+    turns = [Turn(Role.user, ["what is it? ", Picture("p", picture.read_bytes())])]
+    ids = generate(talker.model, [talker._prompt(turns)], talker.tokenizer, 12)[0].ids
+    (end,) = talker.tokenizer.encode_template("[UNUSED_TOKEN_145]")
+    assert not talker.answer(turns, 12).whole and end not in ids
+    at = next(i for i in range(3, 12) if ids.index(ids[i]) == i)
+    rows = talker.model.head.weight.data
+    rows[[ids[at], end]] = rows[[end, ids[at]]]  # where it wrote that word, it ends its turn
+    assert talker.answer(turns, 12) == Said(talker.tokenizer.decode(ids[:at]).strip(), whole=True)
+    conversation = chat.Chat(talker, 12, GREEDY)
+    assert conversation.say(f"what is it? '{picture}'")[1] == "", "nothing to remark"
 
 
 def test_what_no_longer_fits_is_forgotten_turn_by_turn_and_said(assistant):
@@ -107,6 +152,26 @@ def test_a_line_that_cannot_be_asked_is_refused_in_one_line(run_dir, capsys, lin
     assert re.fullmatch(f"error: {message}\n", error), error
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("--top-p", value) for value in ("0", "1.1", "nan")),
+        *(("--temperature", value) for value in ("-1", "1e-40", "inf")),
+        ("--seed", "1" + "0" * 30),
+        ("--max-tokens", "0"),
+    ],
+)
+@pytest.mark.parametrize("command", [["chat", "--ask", "hello"], ["article", "--instruction", "x", "-o", "a.html"]])
+def test_a_way_of_drawing_words_that_there_is_not_is_refused_in_one_line(tmp_path, capsys, command, option, value):
+    name, *rest = command
+    with pytest.raises(SystemExit) as ended:
+        main([name, str(tmp_path), *rest, option, value])
+    said = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert said[-1].startswith(f"xc-compose {name}: error: argument {option}: '{value}' is no")
+    assert [line for line in said if not line.startswith(("usage:", " "))] == said[-1:], "beside how the command is used"
+
+
 def test_a_checkpoint_that_cannot_be_used_is_refused_in_one_line(demo, tmp_path, picture, capsys):
     def refused(folder: Path, line: str) -> str:
         with pytest.raises(SystemExit) as ended:
@@ -119,6 +184,8 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_in_one_line(demo, tmp_path,
     assert "stage language, which has seen no picture" in refused(language, f"'{picture}'")
     (language / "final" / "manifest.json").unlink()
     assert "has no final weights" in refused(language, "hello")
+    assert "stage language, which has seen no picture" in refused(language, f"'{picture}'"), "before weights are looked for"
+    assert "tokens of prompt are too many" in refused(language, "apple " * 17_000)
 
 
 def test_a_mistake_costs_its_line_and_new_forgets(run_dir, picture, monkeypatch, capsys):

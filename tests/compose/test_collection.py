@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from finished_run import write_run
 from PIL import Image
 
 from compose.cli import main
@@ -50,6 +51,11 @@ def test_a_folder_gives_captions_beside_pictures_and_out_of_names(tmp_path):
     assert found.retrieve("ship at sea", 1, set())[0].caption == "A sailing boat on a lake"
     (folder / "deep" / "IMG_1.JPG").unlink()
     assert len(found.retrieve("ship at sea", 4, set())) == 2, "a picture that is gone is passed over"
+    (folder / "copyOfBarn.webp").unlink()
+    found.require_pictures()
+    (folder / "old_red-barn2.png").unlink()
+    with pytest.raises(UserError, match="none of its 3 pictures can be read any more"):
+        found.require_pictures()
 
 
 def test_what_is_no_collection_or_gives_none_is_refused_and_leaves_nothing(demo, tmp_path, capsys):
@@ -78,6 +84,24 @@ def test_what_is_no_collection_or_gives_none_is_refused_and_leaves_nothing(demo,
     (tmp_path / "moved").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"its pictures lay in .*moved, which is gone"):
         Collection(tmp_path / "c")
+
+
+@pytest.mark.parametrize("part", [".", "data", "_versions"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "turned"])
+def test_a_table_that_is_gone_or_damaged_is_refused_in_one_line(collection, tmp_path, capsys, part, damage):
+    folder = shutil.copytree(collection, tmp_path / "c")
+    for file in [f for f in (folder / "pictures.lance" / part).rglob("*") if f.is_file()]:
+        whole = file.read_bytes()
+        file.write_bytes(whole[:20] if damage == "cut" else whole[::-1])
+        if damage == "gone":
+            file.unlink()
+    code, _, error = commanded(capsys, "search", folder, "the sun")
+    assert (code, error) == (2, f"error: {folder}: its table pictures.lance is gone or damaged (build it anew)\n")
+    for facts in ("", "[]", "{}", '{"of": 3, "pictures": 1}'):
+        (folder / FACTS).write_text(facts)
+        code, _, error = commanded(capsys, "search", folder, "the sun")
+        assert (code, error.count("\n")) == (2, 1)
+        assert "is no collection" in error
 
 
 def test_given_pictures_are_ranked_by_their_names(tmp_path):
@@ -115,7 +139,7 @@ def test_a_picture_finds_itself_scaled_and_encoded_anew_before_all_others(seen, 
     assert [e.name for e in found.search("the sun", 5)] == [e.name for e in Collection(collection).search("the sun", 5)]
 
 
-def test_a_search_by_picture_without_the_model_that_looked_is_refused(seen, collection, run_dir, tmp_path, capsys):
+def test_a_search_by_picture_without_the_model_that_looked_is_refused(demo, seen, collection, tmp_path, capsys):
     shown = picture(tmp_path / "a.png")
     code, _, error = commanded(capsys, "search", collection, "--image", shown)
     assert (code, error.count("\n")) == (2, 1)
@@ -128,6 +152,11 @@ def test_a_search_by_picture_without_the_model_that_looked_is_refused(seen, coll
         code, _, error = commanded(capsys, "search", moved, "--image", shown)
         assert (code, error.count("\n")) == (2, 1)
         assert said in error
+    language = write_run(demo, tmp_path / "language", "language")
+    shutil.rmtree(language / "final")  # its stage is found before its weights are looked for
+    code, _, error = commanded(capsys, "build", shown.parent, "-o", tmp_path / "c", "--model", language)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "has seen no picture" in error
     code, out, _ = commanded(capsys, "search", collection, "the sun is shining", "--count", 2)
     assert (code, out.count("\n")) == (0, 2)
 

@@ -138,7 +138,7 @@ def test_conversations_are_samples_and_their_answers_stand_in_the_data():
     pairs = [Pair(f"clip-{i}", f"thing {i}", drawing(i)) for i in range(30)]
     figure = Figure(drawing(1), "A dialog")
     pages = [
-        Document(f"page-{i}", [f"Title {i}", "First words.", "More words.", figure, "The end.", Figure(drawing(i), None)]) for i in range(3)
+        Document(f"page-{i}", [f"Title {i}", "First words.", "More words.", figure, "The end.", Figure(drawing(i), None)]) for i in range(5)
     ]
     samples = {}
     for sample in [*of_pairs(pairs, webp), *of_documents(pages), *of_composition(pages, webp)]:
@@ -154,7 +154,10 @@ def test_conversations_are_samples_and_their_answers_stand_in_the_data():
     letter = "ABCD".index(answers["choose-page-1-1"])
     shown = [e.data for e in samples["choose-page-1-1"] if isinstance(e, ImageElement)]
     assert shown[letter] == webp(figure.image)
-    assert len(shown) == 4
+    assert len(set(shown)) == 4, "though every page holds the same figure"
+    others = {webp(drawing(page)) for page in (0, 2, 3, 4)}
+    assert set(shown) - {webp(figure.image)} <= others, "of other pages"
+    assert not [s for s in of_composition(pages[:3], webp) if s["__key__"].startswith("choose-")], "three that differ are nowhere else"
     which = [key for key in samples if key.startswith("which-")]
     for key in which:
         asked = next(e.text for e in samples[key] if isinstance(e, TextElement) and not e.supervised)

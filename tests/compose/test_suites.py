@@ -2,6 +2,8 @@
 
 import base64
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from train.run_dir import RunDir
 from train.weights import final
 from train.weights.opened import open_model
 
+CANDIDATES = ((["y"], 0), (["x"], 4), (["x"], -1), ({}, 0), (["y", "x"], 1))
 COLOURS = ("red", "green", "blue", "white", "black", "orange", "gray", "purple")
 
 
@@ -104,6 +107,19 @@ def test_both_layouts_are_read_and_the_likeliest_letter_is_judged(assistant, run
     assert "out.json exists" in refused(capsys, run_dir, "--suite", "choices", "--data", file, "-o", tmp_path / "out.json")
 
 
+def test_seed_bench_names_its_pictures_without_an_extension(run_dir, tmp_path, capsys):
+    (tmp_path / "1454426_2591111986").write_bytes(make_image())
+    row = {"question_id": "101669", "question_type_id": 1, "question": "Which?", "choice_a": "One", "choice_b": "Two", "choice_c": "Three"}
+    row |= {"choice_d": "Four", "answer": "A", "data_type": "image", "segment": None}
+    file = tmp_path / "seed.jsonl"
+    file.write_text(json.dumps({**row, "data_id": "1454426_2591111986"}))
+    (question,) = choices.read(file)
+    assert question.parts[0].data == make_image()
+    for wrong, said in (("1_2", r"no picture at .*/1_2: No such file"), (["a", "b"], r"line 1: its data_id, \['a', 'b'\], is no name")):
+        file.write_text(json.dumps({**row, "data_id": wrong}))
+        assert re.search(said, refused(capsys, run_dir, "--suite", "choices", "--data", file))
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
@@ -145,6 +161,18 @@ def test_a_caption_finds_its_picture_among_those_of_its_candidates(demo, run_dir
     assert blind.tolist() == [item["answer"] == 0 for item in items], "nothing to see is no reason to be right"
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"items": []}', '{"items": {}}', '{"items": [3]}', '{"items": [{"key": "a"}]}']
+    + [json.dumps({"items": [{"key": "gone", "wrong_image": "b", "caption": "x", "candidates": c, "answer": a}]}) for c, a in CANDIDATES],
+)
+def test_candidates_that_are_none_are_refused_before_a_model_is_loaded(demo, tmp_path, capsys, content):
+    folder = demo.copy("heldout/unseen_concept/validation", tmp_path / "captions")
+    (folder / "candidates.json").write_text(content)
+    error = refused(capsys, tmp_path / "no model", "--suite", "captions", "--data", folder)
+    assert "candidates.json " + ("names b, which is not in" if content.endswith('"answer": 1}]}') else "is not laid out as") in error
+
+
 def test_text_is_compared_with_what_the_stage_began_from_paragraph_by_paragraph(demo, tmp_path, capsys):
     base = write_run(demo, tmp_path / "base", "language")
     run = RunDir(write_run(demo, tmp_path / "pretrain", "pretrain"))
@@ -172,6 +200,26 @@ def test_text_is_compared_with_what_the_stage_began_from_paragraph_by_paragraph(
     assert "names no held-out text (give --data FOLDER" in refused(capsys, base, "--suite", "text")
     assert "names no held-out pairs (give --data FOLDER" in refused(capsys, base, "--suite", "captions")
     assert "--base belongs to --suite text" in refused(capsys, base, "--suite", "captions", "--base", base)
+
+
+def test_what_a_model_cannot_be_asked_is_refused_before_its_weights_are_looked_for(demo, documents, tmp_path, capsys):
+    language = write_run(demo, tmp_path / "language", "language")
+    shutil.rmtree(language / "final")
+    (tmp_path / "red.png").write_bytes(make_image())
+    asked = {"question": "What?", "A": "red", "B": "blue", "answer": "A"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(asked | {"image": "red.png"}))
+    assert "has seen no picture" in refused(capsys, language, "--suite", "choices", "--data", tmp_path / "q.jsonl")
+    assert "has seen no picture" in refused(capsys, language, "--suite", "composition", "--data", documents)
+    for suite, source in (("captions", "heldout/unseen_concept/validation"), ("text", "heldout/text")):
+        folder = demo.copy(source, tmp_path / suite)
+        facts = json.loads((folder / "source.json").read_text())
+        (folder / "source.json").write_text(json.dumps({**facts, "tokenizer": "another"}))
+        assert "was indexed with another tokenizer" in refused(capsys, language, "--suite", suite, "--data", folder)
+    other = write_run(demo, tmp_path / "other", "language", tokenizer=str(shutil.copytree(demo.tokenizer, tmp_path / "tokenizer")))
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text().replace(" ", "  ", 1))
+    said = refused(capsys, language, "--suite", "text", "--data", demo.source("heldout/text"), "--base", other)
+    assert "has another tokenizer: losses a token cannot be compared" in said
 
 
 # composition
@@ -230,6 +278,24 @@ def test_pages_are_read_as_their_author_laid_them_out(documents):
     assert {line: [p.caption for p in found] for line, found in page.figures.items()} == {1: ["All red"], 2: [None]}
     (place,) = places.places([page])
     assert [(placed.line, len(placed.pictures)) for placed in place.before()] == [("first line", 0), ("second line", 0)]
+
+
+@pytest.mark.parametrize("alike", ["caption", "picture", "neither"])
+def test_documents_that_leave_too_little_to_choose_among_are_refused(demo, xc_data, tmp_path, capsys, alike):
+    """Four pages, two of them with the same caption or the same picture."""
+    colours = ("red", "green", "blue", "blue" if alike == "picture" else "white")
+    captions = ("All red", "All green", "All blue", "All blue" if alike == "caption" else "All white")
+    pages = [
+        [f"About {n}", "a line", make_image(colour=colour), words] for n, (colour, words) in enumerate(zip(colours, captions, strict=True))
+    ]
+    write_tar(tmp_path / "a.tar", [member for n, page in enumerate(pages) for member in make_document(f"page{n}", page)])
+    assert xc_data("index", tmp_path, "--tokenizer", demo.tokenizer) == xc_data("merge", tmp_path) == 0
+    capsys.readouterr()
+    if alike == "neither":
+        assert len(places.read(tmp_path)) == 4
+    else:
+        error = refused(capsys, tmp_path / "no model", "--suite", "composition", "--data", tmp_path)
+        assert "too few documents have another picture with another caption than page" in error
 
 
 def test_an_answer_is_scored_where_training_supervises_it(assistant):

@@ -11,11 +11,13 @@ from train.config import Config, Precision, Stage
 from train.flops import cost_model
 from train.weights import meaning
 
-DEMO = sorted(Path(__file__).resolve().parents[2].glob("configs/demo/[0-9]*.yaml"))
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SMALL = sorted(path for path in CONFIGS.glob("small/**/*.yaml") if path.stem != "base")
+DEMO = sorted(CONFIGS.glob("demo/[0-9]*.yaml"))
 
 
-@pytest.mark.parametrize("path", DEMO, ids=lambda p: p.stem)
-def test_the_demo_configs_load_and_their_resolved_form_is_the_same_config(path, tmp_path):
+@pytest.mark.parametrize("path", [*DEMO, *SMALL], ids=lambda p: str(p.relative_to(CONFIGS)))
+def test_the_configs_of_demo_and_small_model_load_and_their_resolved_form_is_the_same_config(path, tmp_path):
     config = configure.load(path)
     resolved = tmp_path / "config.yaml"
     resolved.write_text(configure.to_yaml(config))
@@ -41,6 +43,16 @@ def test_in_every_chain_of_stages_that_is_shipped_weights_mean_the_same() -> Non
     found = meaning.differences(before.model, after.model, after.data.context, low_rank=True)
     assert found == {"model.plora.alpha": "512 at rank 256, not 256 at rank 256"}
     assert not meaning.trains_low_rank(*(getattr(configure.load(DEMO[0]), section) for section in ("model", "train")))
+
+
+def test_each_small_stage_begins_where_the_one_before_ended_and_the_ablation_changes_only_what_learns():
+    pretrain, sft, compose = (configure.load(CONFIGS / "small" / f"{name}.yaml") for name in ("pretrain", "sft", "compose"))
+    assert [c.run.stage for c in (pretrain, sft, compose)] == [Stage.pretrain, Stage.sft, Stage.compose]
+    assert [c.run.init_from for c in (pretrain, sft, compose)] == [None, pretrain.run.dir, sft.run.dir]
+    ablation = [configure.load(path) for path in SMALL if path.parent.name == "ablation"]
+    assert len({c.run.dir for c in ablation}) == 4
+    assert all(c.data == ablation[0].data for c in ablation)
+    assert {c.model.plora.mode.value for c in ablation} == {"plora", "lora", "none"}
 
 
 def test_a_layer_overrides_its_base_and_the_command_line_overrides_both(tmp_path):

@@ -10,7 +10,9 @@ import pytest
 import torch
 from hub_folders import stage_config
 from safetensors.torch import load_file, save_file
+from tars import make_image
 
+from compose.cli import main as compose
 from data_pipeline.config import SourceConfig
 from data_pipeline.errors import EXIT_DONE, EXIT_USER, UserError
 from train import configure
@@ -325,13 +327,23 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, environment):
 
 
 CLIP = {"name": "vit_large_patch14_clip_quickgelu_336", "patch": 14, "overrides": {"embed_dim": 32, "depth": 2, "num_heads": 2}}
+DECIDED = {"vocab": 4096, "hidden": 32, "layers": 2, "heads": 2, "kv_heads": 1, "ffn": 64, "rope_theta": 10000.0, "init_std": 0.3}
+"""A decoder with opinions, so that an argmax is not a coin toss."""
+
+
+def said(checkpoint: Path, picture: Path, capfd: pytest.CaptureFixture[str]) -> str:
+    """What `xc-compose chat` prints, which is its answer and nothing else."""
+    with pytest.raises(SystemExit) as ended:
+        compose([*map(str, ("chat", checkpoint, "--ask", f"what is '{picture}'?", "--max-tokens", 24))])
+    assert not ended.value.code
+    return capfd.readouterr().out
 
 
 @pytest.mark.parametrize("zero", [2, 3])
-def test_a_checkpoint_exports_the_same_weights_as_the_run_that_ended_there(stage, tmp_path, capfd, zero):
+def test_a_checkpoint_exports_and_answers_with_the_same_weights_as_the_run_that_ended_there(stage, tmp_path, capfd, zero):
     made = stage(
         data={"images": {"size": 28, "tokens": 1}},
-        model={"vision": CLIP},
+        model={"vision": CLIP, "decoder": DECIDED},
         train={"steps": 2, "groups": [{"match": "vision|projector|plora"}, {"match": ".*", "trainable": False}], "precision": "bf16"},
         deepspeed={"stage": zero},
     )
@@ -343,10 +355,14 @@ def test_a_checkpoint_exports_the_same_weights_as_the_run_that_ended_there(stage
     ours, theirs = tensors_of(tmp_path / "run_out"), tensors_of(tmp_path / "checkpoint_out")
     assert ours.keys() == theirs.keys() and all(torch.equal(t, theirs[n]) for n, t in ours.items())
     assert any((t != 0).any() for n, t in ours.items() if "Plora_B" in n)
-    opened = [open_model(p) for p in (made.run.path, made.run.checkpoints / "step-00000002", tmp_path / "checkpoint_out")]
+    places = (made.run.path, made.run.checkpoints / "step-00000002", tmp_path / "checkpoint_out")
+    opened = [open_model(p) for p in places]
     assert [o.step for o in opened] == [2, 2, None]
     first, *others = (dict(o.model.named_parameters()) for o in opened)
     assert all(torch.equal(p, other[name]) for other in others for name, p in first.items())
+    (picture := tmp_path / "apple.png").write_bytes(make_image())
+    answers = [said(where, picture, capfd) for where in places]
+    assert answers[0] == answers[1] == answers[2] and len(answers[0].split()) > 5 and answers[0].count("\n") == 1
     if zero == 2:
         shutil.rmtree(made.run.final)
         assert xc_train("export", made.run.path, tmp_path / "none") == EXIT_USER

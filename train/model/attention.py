@@ -173,7 +173,12 @@ def _attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, group: LengthGroup) -> 
     return out.transpose(1, 2).reshape(T, N, H)
 
 
+def longest_plain(dtype: torch.dtype) -> int:
+    """The longest segment that the sdpa backend runs by plain products, whose scores are rounded to `dtype`; its kernel keeps fp32."""
+    return min(LONGEST_PLAIN, LONGEST_PLAIN_FP32) if dtype is torch.float32 else LONGEST_PLAIN
+
+
 def _causal_bias(length: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    if length > (min(LONGEST_PLAIN, LONGEST_PLAIN_FP32) if dtype is torch.float32 else LONGEST_PLAIN):
+    if length > longest_plain(dtype):
         return None
     return torch.full((length, length), float("-inf"), dtype=dtype, device=device).triu(1)

@@ -4,8 +4,9 @@ Invariant: the checkpoint has passed its manifest before anything of it is read,
 """
 
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -65,7 +66,7 @@ def _partitioned(folder: Path) -> dict[str, Tensor]:
     """ZeRO-3: each rank has its part, in fp32 beside its optimizer state; rounding them gives the weights that the run had."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with _restricted(folder):
+    with _restricted(folder), redirect_stdout(sys.stderr):  # it prints; what the user asked for goes to stdout
         return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name, exclude_frozen_parameters=True)
 
 

@@ -44,11 +44,26 @@ def open_model(path: Path) -> Opened:
         return _begun(exported.read(path), str(initial.fingerprint(path)))
     if path.parent.name == "checkpoints":
         return _of_checkpoint(path)
-    if path.name == RunDir(path).final.name and not RunDir(path).config.exists():
-        path = path.parent
-    if not RunDir(path).config.exists():
-        raise no_model(path)
-    return of_run(path)
+    return of_run(_run_of(path))
+
+
+def read_config(path: Path) -> Config:
+    """What `open_model` would put into `Opened.config`; no weights are looked for.
+
+    Raises:
+        UserError: no run directory, none of its checkpoints, and no export.
+    """
+    path = path.absolute()
+    return exported.read(path) if exported.is_export(path) else configure.read_resolved(_run_of(path))
+
+
+def _run_of(path: Path) -> Path:
+    if path.parent.name == "checkpoints":
+        return path.parents[1]
+    run = path.parent if path.name == RunDir(path).final.name and not RunDir(path).config.exists() else path
+    if not RunDir(run).config.exists():
+        raise no_model(run)
+    return run
 
 
 def no_model(path: Path) -> UserError:
@@ -89,7 +104,7 @@ def _begun(config: Config, digest: str) -> Opened:
 def _of_checkpoint(folder: Path) -> Opened:
     from train.extensions import prepare_deepspeed
 
-    config = configure.read_resolved(folder.parents[1])
+    config = read_config(folder)
     prepare_deepspeed()
     from train.weights.checkpointed import Trained  # imports DeepSpeed, which only checkpoints need
 
