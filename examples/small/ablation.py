@@ -1,82 +1,122 @@
 """What Partial LoRA buys: projector only, PLoRA, LoRA on all tokens and full fine-tuning, on the same pictures, as docs/plora_ablation.md.
 
-Invariant: all arms see the same pairs in the same order for a seed; an arm's learning rate is the one whose short run, of seed 0, has the
-lowest caption loss on the validation half; figures are of the test half, which decides nothing. Finished runs are not repeated.
+Invariant: all arms see the same pairs in the same order for a seed, as often. An arm's learning rate is the one whose run of seed 0 has the
+lowest caption loss on the validation half; beside another part, the projector keeps the rate that it prefers alone. Figures are of the
+test half, which decides nothing. Finished runs are not repeated; a run's folder names its rate.
 
-    python examples/small/ablation.py 0 1 2                                 (about three hours on two cores; goes on where it was stopped)
+    python examples/small/ablation.py 0 1 2                                 (25 trainings of ten minutes; goes on where it was stopped)
     python examples/small/ablation.py 0 1 2 --check docs/plora_ablation.md
 """
 
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
-from results import BIN, HELD_OUT, exit_with, marked, printed
-from results import RUNS as SEEDS
+from results import ALIKE, BIN, HELD_OUT, end_where_it_fails, exit_with, marked, printed
 
 from train import configure
+from train.config import Config, EvaluateConfig
 from train.evaluate import Scorer
-from train.launch import run_stage
 from train.run_dir import RunDir, write_atomic, write_json
 from train.weights.opened import open_model
 
 RUNS = Path("runs/small/ablation")
+CONFIGS = Path("configs/small/ablation")
 RATES = {
+    "blind": ("3e-5", "1e-4", "3e-4"),
     "projector": ("1e-3", "3e-3", "1e-2"),
-    "plora": ("5e-4", "1e-3", "2e-3"),
-    "lora": ("2e-4", "5e-4", "1e-3"),
-    "full": ("5e-5", "1e-4", "3e-4"),
+    "plora": ("3e-4", "1e-3", "3e-3"),
+    "lora": ("1e-4", "3e-4", "1e-3"),
+    "full": ("3e-5", "1e-4", "3e-4"),
 }
-"""Learning rates that are tried, by arm."""
-TUNING_EPOCHS = "0.5"
-SUITES = {"captions": ("--data", HELD_OUT / "test"), "text": ()}
+"""Learning rates that are tried, by arm: of the projector where it learns alone, else of what learns beside it (the second group)."""
+ALONE = ("blind", "projector")
+SUITES = {
+    "captions": ("captions", "--data", HELD_OUT / "test"),
+    "alike": ("captions", "--data", ALIKE),
+    "text": ("text", "--data", HELD_OUT / "text"),
+}
+"""By file: the suite of `xc-compose eval` and its data."""
 COLUMNS = {
     ("captions", "nll_right"): "nats a token of a caption",
-    ("captions", "wrong_minus_right"): "more behind a wrong picture",
+    ("captions", "blind_minus_right"): "more without its picture",
+    ("captions", "wrong_minus_right"): "more behind a wrong one",
     ("captions", "retrieval_of_10"): "caption among ten",
     ("captions", "picture_of_10"): "picture among ten",
+    ("alike", "retrieval_of_10"): "caption among ten alike",
     ("text", "minus_base"): "change of nats on text alone",
 }
-"""Suite of `xc-compose eval` and its figure; what the table calls it."""
+"""File and figure; what the table calls it."""
+OF_BLIND = {("captions", "nll_right"): "nll_blind", ("text", "minus_base"): "minus_base"}
+"""What there is to measure of a model that sees no picture."""
 
 
 def main() -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description="Projector only, PLoRA, LoRA and full fine-tuning on the same data, as two tables.")
     parser.add_argument("seeds", nargs="+", type=int)
-    parser.add_argument("--procs", type=int, default=2, help="ranks of a training (default 2)")
+    parser.add_argument("--procs", default="2", help="ranks of a training (default 2)")
     parser.add_argument("--check", type=Path, help="a document that must hold the tables; nothing is trained")
     arguments = parser.parse_args()
     if arguments.check is None:
+        for arm, rates in RATES.items():
+            for rate in rates:
+                tune(arm, rate, arguments.procs)
         for seed in arguments.seeds:
             for arm in RATES:
                 measure(arm, seed, arguments.procs)
     return printed((tuning_table(), outcome_table(arguments.seeds)), arguments.check)
 
 
-def tune(arm: str, rate: str, procs: int) -> None:
-    """Trains a short run of seed 0 and measures the validation captions behind their pictures."""
+def run_of(arm: str, rate: str, seed: int) -> RunDir:
+    """Where such a run lies."""
+    return RunDir(RUNS / str(seed) / f"{arm}-{rate}")
+
+
+def config_of(arm: str, rate: str, seed: int) -> Config:
+    """The arm's config at a rate. Nothing is measured by the training itself."""
+    always = [f"run.dir={run_of(arm, rate, seed).path}", f"run.seed={seed}", "track.wandb=false"]
+    config = configure.load(CONFIGS / f"{arm}.yaml", always)
+    config.evaluate = EvaluateConfig()
+    if arm in ALONE:
+        config.train.lr = float(rate)
+    else:
+        config.train.lr = float(best_rate("projector"))
+        config.train.groups[1].lr_scale = float(rate) / config.train.lr
+    return config
+
+
+def train(arm: str, rate: str, seed: int, procs: str) -> RunDir:
+    """Trains what has not ended yet; what was interrupted goes on, and what another config trained is refused."""
+    run = run_of(arm, rate, seed)
+    config = run.path.with_suffix(".yaml")
+    config.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(config, configure.to_yaml(config_of(arm, rate, seed)).encode())
+    end_where_it_fails(BIN / "xc-train", "run", config, "--procs", procs)
+    return run
+
+
+def tune(arm: str, rate: str, procs: str) -> None:
+    """Trains with seed 0 and measures the validation captions, behind their pictures where the arm sees them."""
+    run = train(arm, rate, 0, procs)
     found = tuning_file(arm, rate)
     if not found.exists():
-        run = RunDir(found.parent)
-        train(run, arm, rate, 0, procs, f"data.sources.pairs.weight={TUNING_EPOCHS}")
         opened = open_model(run.path)
-        scorer = Scorer(opened.model, opened.tokenizer, opened.config)
-        right = scorer.captions("validation", HELD_OUT / "validation", sys.maxsize)["right"]
-        write_json(found, {"nll_right": scorer.score(right).mean()})
+        captions = Scorer(opened.model, opened.tokenizer, opened.config)
+        segments = captions.captions("validation", HELD_OUT / "validation", sys.maxsize)["blind" if arm == "blind" else "right"]
+        write_json(found, {"nll": captions.score(segments).mean()})
 
 
 def tuning_file(arm: str, rate: str) -> Path:
-    """What a short run found."""
-    return RUNS / "tuning" / f"{arm}-{rate}" / "validation.json"
+    """What the run of seed 0 reached on the validation half."""
+    return run_of(arm, rate, 0).path / "validation.json"
 
 
 def tuned(arm: str, rate: str) -> float:
     """Nats a token."""
-    return float(json.loads(tuning_file(arm, rate).read_text())["nll_right"])
+    return float(json.loads(tuning_file(arm, rate).read_text())["nll"])
 
 
 def best_rate(arm: str) -> str:
@@ -84,60 +124,38 @@ def best_rate(arm: str) -> str:
     return min(RATES[arm], key=lambda rate: tuned(arm, rate))
 
 
-def measure(arm: str, seed: int, procs: int) -> RunDir:
+def measure(arm: str, seed: int, procs: str) -> None:
     """Trains with the arm's learning rate, and measures the test half."""
-    for rate in RATES[arm]:
-        tune(arm, rate, procs)
-    run = RunDir(RUNS / str(seed) / arm)
-    train(run, arm, best_rate(arm), seed, procs)
-    for suite, data in SUITES.items():
-        out = run.path / f"{suite}.json"
-        if not out.exists():
-            subprocess.run([BIN / "xc-compose", "eval", run.path, "--suite", suite, *data, "-o", out], check=True)
-    return run
-
-
-def train(run: RunDir, arm: str, rate: str, seed: int, procs: int, *overrides: str) -> None:
-    """Trains what has not ended yet; what was interrupted goes on.
-
-    Raises:
-        SystemExit: the run did not end.
-    """
-    if (run.final / "manifest.json").exists():
-        return
-    always = [f"run.dir={run.path}", f"run.seed={seed}", f"train.lr={rate}", "track.wandb=false"]
-    config = configure.load(Path(f"configs/small/ablation/{arm}.yaml"), [*always, *overrides])
-    run.create()
-    write_atomic(run.config, configure.to_yaml(config).encode())
-    code = run_stage(config, procs)
-    if code:
-        raise SystemExit(code)
+    run = train(arm, best_rate(arm), seed, procs)
+    for name, suite in SUITES.items():
+        out = run.path / f"{name}.json"
+        if not (out.exists() or (arm == "blind" and name == "alike")):
+            end_where_it_fails(BIN / "xc-compose", "eval", run.path, "--suite", *suite, "-o", out)
 
 
 def tuning_table() -> str:
-    """A row an arm; the chosen rate is bold."""
-    lines = ["| | learning rate: nats a token on the validation half |", "|---|---|"]
+    """A row an arm; the chosen rate is bold. One at an end of what was tried may not be the best that there is."""
+    lines = ["| | learning rate: nats a token on the validation half | |", "|---|---|---|"]
     for arm, rates in RATES.items():
         chosen = best_rate(arm)
-        lines.append(f"| {arm} | {' · '.join(marked(f'{rate}: {tuned(arm, rate):.3f}', rate == chosen) for rate in rates)} |")
+        tried = " · ".join(marked(f"{rate}: {tuned(arm, rate):.3f}", rate == chosen) for rate in rates)
+        lines.append(f"| {arm} | {tried} | {'at an end' if chosen in (rates[0], rates[-1]) else ''} |")
     return "\n".join(lines)
 
 
 def outcome_table(seeds: list[int]) -> str:
     """A row an arm: mean over seeds, and their standard deviation."""
     lines = [f"| | {' | '.join(COLUMNS.values())} | minutes |", "|---" * (len(COLUMNS) + 2) + "|"]
-    blind = [RunDir(SEEDS / str(seed) / "blind").evaluation for seed in seeds]
-    losses = [json.loads(file.read_text())["splits"]["test"]["nll_blind"] for file in blind]
-    lines.append(f"| language model that learnt the captions without pictures | {_spread(losses)} |" + " |" * len(COLUMNS))
     for arm in RATES:
-        runs = [RunDir(RUNS / str(seed) / arm) for seed in seeds]
-        cells = [_spread([_figure(run, *column) for run in runs]) for column in COLUMNS]
+        runs = [run_of(arm, best_rate(arm), seed) for seed in seeds]
+        figures = OF_BLIND if arm == "blind" else {column: column[1] for column in COLUMNS}
+        cells = [_spread([_figure(run, column[0], figures[column]) for run in runs]) if column in figures else "" for column in COLUMNS]
         lines.append(f"| {arm} | {' | '.join(cells)} | {statistics.mean(run.lived_s() for run in runs) / 60:.1f} |")
     return "\n".join(lines)
 
 
-def _figure(run: RunDir, suite: str, figure: str) -> float:
-    rows = json.loads((run.path / f"{suite}.json").read_text())["tables"][0]["rows"]
+def _figure(run: RunDir, file: str, figure: str) -> float:
+    rows = json.loads((run.path / f"{file}.json").read_text())["tables"][0]["rows"]
     return next(row["value"] for row in rows if row["figure"] == figure)
 
 

@@ -37,10 +37,10 @@ def write_seed(seed: int) -> None:
     split |= {"stderr": dict.fromkeys(split, 0.02), "samples": [sample | {"retrieved_right": False}]}
     for stage in ("blind", "pretrain"):
         write(RUNS / str(seed) / stage / "evaluation.json", {"splits": {"test": split}})
+        lived(RUNS / str(seed) / stage, 600)
     write(RUNS / str(seed) / "pretrain" / "text.json", {"tables": [{"notes": ["Logits are the same."]}]})
     rows = [{"figure": f, "value": 0.3, "stderr": 0.02} for f in ("retrieval_of_10", "picture_of_10")]
     write(RUNS / str(seed) / "pretrain" / "alike.json", {"tables": [{"rows": rows}]})
-    lived(RUNS / str(seed) / "pretrain", 600)
 
 
 def check(monkeypatch, program, document: Path) -> int:
@@ -57,9 +57,13 @@ def test_the_check_of_results_fails_where_the_document_says_something_else(monke
     document.write_text(f"# Results\n\n{results.figures([0, 1])}\n\n{results.samples(0)}\n")
     assert check(monkeypatch, results, document) == 0
     said = document.read_text()
-    assert "| 0.500 ± 0.020 | 0.510 ± 0.020 | **0.505** |" in said and "| 10.000 | 10.000 | **10.000** |" in said
-    assert "| caption among ten that are alike | 0.300 ± 0.020 | 0.300 ± 0.020 | **0.300** |" in said
-    assert "by guessing among those of the right category | 0.750 | 0.750 | **0.750** |" in said
+    seeds = "| 0.500 ± 0.020 | 0.510 ± 0.020 | **0.505** ± 0.007"
+    assert f"| caption of its picture, among ten {seeds} | at least 0.5: held |" in said
+    assert f"| picture of its caption, among ten {seeds} | at least 0.6: missed |" in said
+    assert f"| nats a token of a caption, behind its picture {seeds} | at most 4.000: held |" in said
+    assert "| minutes of training | 10.000 | 10.000 | **10.000** ± 0.000 | at most 60.000: held |" in said
+    assert "| caption among ten that are alike | 0.300 ± 0.020 | 0.300 ± 0.020 | **0.300** ± 0.000 |  |" in said
+    assert "by guessing among those of the right category | 0.750 | 0.750 | **0.750** ± 0.000 |" in said
     assert "| k/1 | a saw | **a saw** | a bull |" in said
     document.write_text(said.replace("0.510", "0.610"))
     assert check(monkeypatch, results, document) == 1
@@ -71,23 +75,46 @@ def test_an_arm_of_the_ablation_takes_the_rate_that_validation_prefers(monkeypat
 
     for arm, rates in ablation.RATES.items():
         for number, rate in enumerate(rates):
-            write(ablation.RUNS / "tuning" / f"{arm}-{rate}" / "validation.json", {"nll_right": 4.0 + abs(number - 1)})
+            write(ablation.tuning_file(arm, rate), {"nll": 4.0 + abs(number - (0 if arm == "lora" else 1))})
         for seed in (0, 1):
-            run = ablation.RUNS / str(seed) / arm
-            rows = {suite: [{"figure": f, "value": 0.5 + seed} for s, f in ablation.COLUMNS if s == suite] for suite in ablation.SUITES}
-            for suite in ablation.SUITES:
-                write(run / f"{suite}.json", {"tables": [{"rows": rows[suite]}]})
+            run = ablation.run_of(arm, ablation.best_rate(arm), seed).path
+            figures = ablation.OF_BLIND if arm == "blind" else {column: column[1] for column in ablation.COLUMNS}
+            for file in ablation.SUITES:
+                rows = [{"figure": figure, "value": 0.5 + seed} for (of, _), figure in figures.items() if of == file]
+                write(run / f"{file}.json", {"tables": [{"rows": rows}]})
             lived(run, 600)
-    for seed in (0, 1):
-        write_seed(seed)
-    assert [ablation.best_rate(arm) for arm in ablation.RATES] == [rates[1] for rates in ablation.RATES.values()]
+    chosen = {arm: rates[0 if arm == "lora" else 1] for arm, rates in ablation.RATES.items()}
+    assert {arm: ablation.best_rate(arm) for arm in ablation.RATES} == chosen
+    assert "| lora | **1e-4: 4.000** · 3e-4: 5.000 · 1e-3: 6.000 | at an end |" in ablation.tuning_table()
     document = tmp_path / "ablation.md"
     document.write_text(f"{ablation.tuning_table()}\n\n{ablation.outcome_table([0, 1])}")
     assert check(monkeypatch, ablation, document) == 0
     said = document.read_text()
-    assert "5e-4: 5.000 · **1e-3: 4.000** · 2e-3: 5.000" in said and "| 1.000 ± 0.707 |" in said
+    assert "| plora | 3e-4: 5.000 · **1e-3: 4.000** · 3e-3: 5.000 |  |" in said and "| 1.000 ± 0.707 |" in said
+    assert "| blind | 1.000 ± 0.707 |  |  |  |  |  | 1.000 ± 0.707 | 10.0 |" in said
     document.write_text(said.replace("0.707", "0.0"))
     assert check(monkeypatch, ablation, document) == 1
+
+
+def test_beside_another_part_the_projector_keeps_the_rate_that_it_prefers_alone(monkeypatch):
+    import ablation
+
+    monkeypatch.setattr(ablation, "CONFIGS", EXAMPLES.parent / "configs" / "small" / "ablation")
+    for arm, rates in ablation.RATES.items():
+        for number, rate in enumerate(rates):
+            write(ablation.tuning_file(arm, rate), {"nll": 4.0 - number})
+    rates = {}
+    for arm, (first, *_) in ablation.RATES.items():
+        config = ablation.config_of(arm, first, 1)
+        assert not config.evaluate.splits and config.run.seed == 1
+        rates[arm] = [config.train.lr * group.lr_scale for group in config.train.groups if group.trainable]
+    assert rates == {
+        "blind": [pytest.approx(3e-5)],
+        "projector": [pytest.approx(1e-3)],
+        "plora": pytest.approx([1e-2, 3e-4]),
+        "lora": pytest.approx([1e-2, 1e-4]),
+        "full": pytest.approx([1e-2, 3e-5]),
+    }
 
 
 def test_a_check_without_runs_trains_nothing(monkeypatch, tmp_path):
