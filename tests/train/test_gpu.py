@@ -1,6 +1,6 @@
 """What only a GPU can tell, for `make gpu-check`: the parts agree with the CPU there, and speed and memory are what was foretold.
 
-Invariant: every test leaves a row in the table that is printed at the end. (The backends of attention: test_model_attention.py.)
+Invariant: every test leaves a row in the table that is printed at the end. (NaN in each backend of attention: test_model_attention.py.)
 """
 
 import time
@@ -8,17 +8,20 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from attending import LENGTHS, dense_attention, inputs, segments_of
 from batches import IMAGE_SIZE, IMAGE_TOKENS, batch_of, mixed_segments, text, tiny_config, tiny_model
 
 from train import memory
 from train.config import Checkpointing, Config, GroupRule, Recompute, TrainConfig
 from train.flops import Shape, StepCost, peak_flops
+from train.model.attention import varlen_attention
 from train.model.xcomposer2 import XComposer2
 from train.model_config import DecoderConfig
 from train.optim import adamw, resolve, set_lr
 from train.rehearsal import heaviest_batch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+BACKENDS = ("flash", "torch_varlen", "sdpa")
 SHAPES = {
     "small": DecoderConfig(vocab=32000, hidden=1024, layers=8, heads=16, kv_heads=8, ffn=4096),
     "two layers of the 7B": DecoderConfig(layers=2),
@@ -52,6 +55,40 @@ def test_losses_and_gradients_are_those_of_the_cpu(kind: Recompute, compiled: bo
     apart = max(float((ours - reference).abs().max() / reference.abs().max()) for reference, ours in zip(*results, strict=True))
     row(f"losses and gradients by the CPU's: {kind.value}, {'compiled' if compiled else 'eager'}", f"{apart:.1e} apart")
     assert apart < 2e-3  # fp32 without TF32, summed in another order
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_attention_backend_attends_as_under_a_dense_mask(backend: str, row: Row) -> None:
+    if backend == "flash":
+        pytest.importorskip("flash_attn")
+    qkv = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in inputs(LENGTHS, 8, 2, size=64)]
+    exact = [x.detach().float().requires_grad_() for x in qkv]
+    out = varlen_attention(*qkv, segments_of(LENGTHS, torch.bfloat16, "cuda", backend))
+    expected = dense_attention(*exact, LENGTHS)
+    row(f"attention by a dense mask in fp32: {backend}", f"{float((out - expected).abs().max()):.1e} apart")
+    torch.testing.assert_close(out.float(), expected, atol=0.03, rtol=0)
+    grads = torch.autograd.grad(out.float().square().sum(), qkv)
+    for grad, expected_grad in zip(grads, torch.autograd.grad(expected.square().sum(), exact), strict=True):
+        torch.testing.assert_close(grad.float(), expected_grad, atol=0.2, rtol=0.05)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_in_bf16_the_model_loses_with_each_attention_backend_what_it_does_in_fp32_on_the_cpu(
+    backend: str, compiled: bool, row: Row
+) -> None:
+    if backend == "flash":
+        pytest.importorskip("flash_attn")
+    batch, model = batch_of(mixed_segments()), tiny_model()
+    with torch.no_grad():
+        exact = model(batch).per_target_L
+    model.to("cuda", torch.bfloat16).apply_cost_settings(Checkpointing(), compiled, backend)
+    losses = model(batch.to("cuda"))
+    losses.loss_sum.backward()
+    apart = float((losses.per_target_L.float().cpu() - exact).abs().max() / exact.mean())
+    row(f"bf16 losses by the CPU's in fp32: {backend}, {'compiled' if compiled else 'eager'}", f"{apart:.1e} apart")
+    assert apart < 0.05
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("segments", [[], [[text(9, 0)], [text(14, 1)]]], ids=["empty pack", "text only"])

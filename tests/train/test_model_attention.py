@@ -4,36 +4,13 @@ import math
 
 import pytest
 import torch
+from attending import LENGTHS, dense_attention, inputs, segments_of
 from batches import batch_of, mixed_segments, tiny_model
-from torch import Tensor
 
 from data_pipeline.errors import UserError
 from train.config import Attention, Checkpointing
 from train.model import attention
-from train.model.attention import Segments, choose_backend, varlen_attention
-
-LENGTHS = (13, 8, 1, 37, 16, 5)
-
-
-def segments_of(lengths: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu", backend: str = "sdpa") -> Segments:
-    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).int()
-    return Segments.build(lengths, cu_seqlens, dtype, backend)
-
-
-def dense_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """The reference: all scores, then a block-diagonal causal mask."""
-    repeats = q_TNH.shape[1] // k_TKH.shape[1]
-    k, v = k_TKH.repeat_interleave(repeats, 1), v_TKH.repeat_interleave(repeats, 1)
-    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(q_TNH.device)
-    row = torch.arange(len(segment), device=q_TNH.device)
-    visible = (segment[:, None] == segment) & (row[:, None] >= row)
-    scores = torch.einsum("inh,jnh->nij", q_TNH, k) / math.sqrt(q_TNH.shape[-1])
-    return torch.einsum("nij,jnh->inh", scores.masked_fill(~visible, -math.inf).softmax(-1), v)
-
-
-def inputs(lengths: tuple[int, ...], heads: int, kv_heads: int, size: int = 16) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(sum(lengths), n, size, generator=generator).requires_grad_() for n in (heads, kv_heads, kv_heads)]
+from train.model.attention import choose_backend, varlen_attention
 
 
 @pytest.mark.parametrize("heads,kv_heads", [(3, 3), (6, 2), (4, 1)])
@@ -127,17 +104,3 @@ def test_the_model_attends_with_the_backend_that_is_set() -> None:
     model.apply_cost_settings(Checkpointing(), attention="flash")
     with pytest.raises(UserError, match=r"^train\.attention: flash needs a GPU"):
         model(batch)
-
-
-@pytest.mark.parametrize("backend", [pytest.param(name, marks=ON_GPU) for name in ("flash", "torch_varlen", "sdpa")])
-def test_gpu_backends_attend_as_under_a_dense_mask(backend: str) -> None:
-    if backend == "flash":
-        pytest.importorskip("flash_attn")
-    qkv = [x.detach().cuda().bfloat16().requires_grad_() for x in inputs(LENGTHS, 8, 2, size=64)]
-    exact = [x.detach().float().requires_grad_() for x in qkv]
-    out = varlen_attention(*qkv, segments_of(LENGTHS, torch.bfloat16, "cuda", backend))
-    expected = dense_attention(*exact, LENGTHS)
-    torch.testing.assert_close(out.float(), expected, atol=0.03, rtol=0)
-    grads = torch.autograd.grad(out.float().square().sum(), qkv)
-    for grad, expected_grad in zip(grads, torch.autograd.grad(expected.square().sum(), exact), strict=True):
-        torch.testing.assert_close(grad.float(), expected_grad, atol=0.1, rtol=0.05)
