@@ -184,8 +184,8 @@ def plora_overhead(size: Size, rounds: int) -> Rounds:
     return found
 
 
-def flat_parts(size: Size) -> tuple[XComposer2, list[PackedBatch]]:
-    """A model of a quarter of the width, checkpointed, and packs of short documents: a short pack and a long one."""
+def narrow_of(size: Size) -> tuple[XComposer2, Size]:
+    """A model of a quarter of the width, checkpointed, for long packs; and its size."""
     d = size.decoder
     narrow = DecoderConfig(
         vocab=max(512, d.vocab // 4), hidden=d.hidden // 4, layers=2, heads=d.heads // 4, kv_heads=max(1, d.kv_heads // 4), ffn=d.ffn // 4
@@ -193,6 +193,12 @@ def flat_parts(size: Size) -> tuple[XComposer2, list[PackedBatch]]:
     small = replace(size, decoder=narrow, rank=max(4, size.rank // 4))
     model = model_of(small)
     model.apply_cost_settings(Checkpointing(Recompute.full))
+    return model, small
+
+
+def flat_parts(size: Size) -> tuple[XComposer2, list[PackedBatch]]:
+    """A narrow model, and packs of short documents: a short pack and a long one."""
+    model, small = narrow_of(size)
     return model, [packed(small, samples_of(small, (DOCUMENT,) * (tokens // DOCUMENT))) for tokens in size.packs]
 
 
@@ -204,6 +210,21 @@ def flat(size: Size, rounds: int) -> Rounds:
     for _ in range(rounds):
         short = sum(timed(lambda: model(packs[0]).loss_sum, model)[0] for _ in range(again))
         found.setdefault("flat_32k", []).append(timed(lambda: model(packs[1]).loss_sum, model)[0] / short)
+    return found
+
+
+def squares(size: Size, rounds: int) -> Rounds:
+    """What one document of all tokens costs more than two halves, by twice what these cost more than four quarters.
+
+    1 where a pack costs its tokens and the squares of its documents' lengths; more where something grows faster.
+    """
+    (model, small), tokens = narrow_of(size), size.packs[1] // 2
+    packs = [packed(small, samples_of(small, (tokens // parts,) * parts)) for parts in (4, 2, 1)]
+    found: Rounds = {}
+    for _ in range(rounds):
+        quarters, halves, whole = (timed(lambda: model(pack).loss_sum, model)[0] for pack in packs)  # noqa: B023  called at once
+        found.setdefault("one document: growth by that of squares", []).append((whole - halves) / (2 * (halves - quarters)))
+        found.setdefault("one document: time by that of quarters", []).append(whole / quarters)
     return found
 
 
@@ -264,7 +285,7 @@ def main() -> None:
         **{name: lambda name=name: compare(size, name, args.rounds) for name in FORMATS},
         "factors": lambda: factors(size, args.rounds),
         "plora": lambda: plora_overhead(size, args.rounds),
-        "flat": lambda: flat(size, args.rounds),
+        "flat": lambda: flat(size, args.rounds) | squares(size, args.rounds),
     }
     rounds: Rounds = {}
     print(f"{'':48} {'median':>9} {'least':>9} {'most':>9}")
