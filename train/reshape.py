@@ -79,9 +79,10 @@ def _problem(code: int, said: TextIO) -> str | None:
 
 
 def _bytes(folder: Path) -> int:
-    """Of the files that are there now; they come and go meanwhile."""
+    """Of the files that are there now; files and folders come and go meanwhile."""
     size = 0
-    for file in folder.rglob("*"):
-        with suppress(FileNotFoundError):
-            size += file.stat().st_size
+    for parent, _, names in os.walk(folder):  # which passes over a folder that has gone
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += Path(parent, name).stat().st_size
     return size

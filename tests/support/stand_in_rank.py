@@ -103,7 +103,8 @@ def live(run: RunDir, steps: int, every: int, rank: int, peers: Peers, watchdog:
     newest = max(run.checkpoints.glob("step-*/manifest.json"), default=None)
     step = int(newest.parent.name[5:]) if newest else 0
     state = (newest.parent / "state").read_text() if newest else ""
-    life = run.begin_life(step or None, world=2, sequence=1, device="cpu", plan="", origin={}, cost={}) if rank == 0 else 0
+    facts = {"world": 2, "sequence": 1, "device": "cpu", "plan": "", "origin": {}, "cost": {}}
+    life = run.begin_life(watchdog.began, step or None, **facts) if rank == 0 else 0
     chain = _chain(state)
     while step < steps:
         watchdog.beat(step, "forward")

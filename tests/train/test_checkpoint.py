@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from data_pipeline.errors import UserError
 from data_pipeline.plan.origin import Drawn, Origin
-from train import checkpoint
+from train import checkpoint, reshape
 from train.checkpoint import TrainState, Writer
 from train.config import CheckpointConfig
 from train.engine import _copied
@@ -175,6 +176,25 @@ def test_a_copy_has_the_containers_and_numbers_of_what_it_is_a_copy_of_and_none_
     assert found["a"][0].tolist() == found["a"][1][0].tolist() == [1, 1]
     assert found["b"]["c"].tolist() == [1]
     assert (found["d"], found["e"], found["a"][1][1], type(found["a"][1])) == ("text", None, 3, tuple)
+
+
+def test_a_copy_that_is_being_made_is_measured_whatever_comes_and_goes(tmp_path):
+    (tmp_path / "stays").write_bytes(b"12345")
+    done = threading.Event()
+
+    def work() -> None:
+        while not done.is_set():
+            for number in range(9):
+                (tmp_path / "tmp" / str(number)).mkdir(parents=True)
+                (tmp_path / "tmp" / str(number) / "file").write_bytes(b"1")
+            shutil.rmtree(tmp_path / "tmp")
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    sizes = {reshape._bytes(tmp_path) for _ in range(1500)}
+    done.set()
+    worker.join()
+    assert min(sizes) == 5 and max(sizes) > 5, "something did come and go"
 
 
 def test_what_cannot_be_gone_on_with_is_refused_with_the_way_out(run):

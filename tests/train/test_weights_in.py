@@ -265,6 +265,7 @@ def test_a_file_that_is_cut_short_is_named(damaged, file):
         assert f"{file} cannot be read" in complaint(config), length
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("layout", ["zip", "legacy", "safetensors"])
 def test_a_file_with_wrong_bytes_in_it_is_read_or_refused_and_never_a_crash(tmp_path, layout):
     tensors = {f"layer.{i}": torch.zeros(3, 4) for i in range(5)}
