@@ -26,6 +26,7 @@ from ordinary import FACTORS, Ordinary, Sample
 from torch import Tensor
 
 from data_pipeline.batch import PackedBatch, Segment, assemble
+from data_pipeline.processes import keep_freed_memory
 from data_pipeline.text.templates import Rendered
 from train.config import Checkpointing, Recompute
 from train.device import cpu_has_bf16
@@ -204,6 +205,7 @@ def flat_parts(size: Size) -> tuple[XComposer2, list[PackedBatch]]:
 
 def flat(size: Size, rounds: int) -> Rounds:
     """Cost a token of a long pack by that of a short one. The short one runs as often as makes the same number of tokens."""
+    keep_freed_memory()  # as ranks on a CPU do: else each tensor of a long pack is mapped anew, page by page, which costs a third more
     model, packs = flat_parts(size)
     again = size.packs[1] // size.packs[0]
     found: Rounds = {}
