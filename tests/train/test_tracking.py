@@ -48,8 +48,12 @@ def test_losses_by_source_add_up_to_the_loss(whole):
 
 def test_every_line_says_how_fast_how_full_how_far_and_how_evenly(whole):
     lines = jsonl.read(whole.run.metrics)
-    tokens = images = 0
+    tokens = images = supervised = image_tokens = 0
     for line in lines:
+        supervised += line["throughput/supervised_tokens_per_s"] * line["throughput/step_s"]
+        image_tokens += line["throughput/image_tokens_per_s"] * line["throughput/step_s"]
+        assert (line["data/supervised_tokens"], line["data/image_tokens"]) == pytest.approx((supervised, image_tokens))
+        assert line["data/samples"] == sum(line[f"data/samples_by_source/{name}"] for name in ("pairs", "documents", "text"))
         tokens += line["data/fill"] * 4 * 128
         images += line["throughput/images_per_s"] * line["throughput/step_s"]
         assert (line["data/tokens"], line["data/images"]) == pytest.approx((tokens, images))
@@ -96,6 +100,28 @@ def test_utilisation_is_flops_by_time_and_peak_and_no_step_asks_the_device(alone
     assert (first["loss/train"], first["loss_by_source/pairs"], first["tokens_by_source/text"]) == (17 / 6, 2.0, 2)
     assert (first["health/forward_max_over_mean"], first["health/slowest_rank"], first["health/memory_gib"]) == (1.0, 0, 2.0)
     assert meter.flush() == []
+
+
+def test_of_several_nodes_each_has_the_mean_of_its_ranks_at_every_flush(alone):
+    meter = Meter(["pairs"], rank=2, nodes=["node1", "node2", "node2"], peak_flops=None)
+    for step, forward in ((1, 1.0), (2, 3.0)):
+        own = Own(Laps([("", 0.0), ("forward", forward)]), image_tokens=5, memory=1, model_flops=1, hardware_flops=1)
+        meter.add(step, [(torch.tensor([6.0]), torch.tensor([3]))], {"throughput/step_s": 5.0}, own)
+    (_, first), (_, last) = meter.flush()
+    by_node = {name: value for name, value in last.items() if name.startswith("health/forward_s_by_node/")}
+    assert by_node == {"health/forward_s_by_node/node1": 0.0, "health/forward_s_by_node/node2": 1.0}, "this rank's half; others add theirs"
+    assert not first.keys() & by_node.keys()
+
+
+def test_lives_count_from_the_start_of_their_processes_and_without_an_end_until_their_last_step(tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.create()
+    jsonl.append(run.lives, [{"life": life, "event": "start", "time": began} for life, began in ((1, 100.0), (2, 200.0), (3, 300.0))])
+    jsonl.append(
+        run.metrics, [{"life": life, "step": step, "time": at} for life, step, at in ((1, 1, 110.0), (1, 2, 130.0), (2, 3, 210.0))]
+    )
+    jsonl.append(run.lives, [{"life": 2, "event": "end", "time": 250.0}])
+    assert run.lived_s() == 30 + 50, "the third has not done a step"
 
 
 def test_captions_are_a_table_with_pictures_in_wandb_and_in_tensorboard(stage, tmp_path, monkeypatch):
