@@ -20,6 +20,8 @@ from typing import Any
 
 import fixture
 
+from train.device import cpu_name
+
 ROOT = Path(__file__).resolve().parents[1]
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 PEERS = {"webdataset": "webdataset", "energon": "megatron-energon", "litdata": "litdata", "mosaic": "mosaicml-streaming"}
@@ -115,7 +117,7 @@ def _versions(peers: list[str]) -> dict[str, Any]:
     theirs = {
         peer: _output([PEERS_PYTHON, "-c", f"from importlib.metadata import version; print(version({PEERS[peer]!r}))"]) for peer in peers
     }
-    machine = {"processor": _processor(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
+    machine = {"processor": cpu_name(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
     return {
         "commit": _output(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"]),
         "python": platform.python_version(),
@@ -123,11 +125,6 @@ def _versions(peers: list[str]) -> dict[str, Any]:
         **theirs,
         **machine,
     }
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _ours(what: str, *arguments: object) -> dict[str, float]:

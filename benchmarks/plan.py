@@ -31,6 +31,7 @@ from data_pipeline.plan.split import Pieces
 from data_pipeline.shards.merge import BLOCK_SAMPLES, ROW, SOURCE_FILE, VERSION, SourceFacts
 from data_pipeline.shards.source import ShardSource
 from train.config import Config
+from train.device import cpu_name
 from train.flops import cost_model
 
 GIB = 1 << 30
@@ -188,14 +189,8 @@ def versions() -> dict[str, str]:
         "planner": str(PLANNER_VERSION),
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "processor": processor(),
+        "processor": cpu_name(),
     }
-
-
-def processor() -> str:
-    """The processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def captions(folder: Path, scale: Scale) -> Path:

@@ -3,6 +3,7 @@
 Invariant: the choice is made once, by `describe`, and logged; nothing else asks the hardware.
 """
 
+import platform
 import resource
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,12 +60,18 @@ def cpu_has_bf16() -> bool:
 
     Others emulate it, at a hundredth of the speed.
     """
-    return not _BF16_FLAGS.isdisjoint(_cpu_flags())
+    return not _BF16_FLAGS.isdisjoint(" ".join(_cpuinfo("flags")).split())
 
 
-def _cpu_flags() -> set[str]:
+def cpu_name() -> str:
+    """What the processor is called."""
+    return next(iter(_cpuinfo("model name")), platform.machine())
+
+
+def _cpuinfo(field: str) -> list[str]:
+    """A line a core."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
-        return set()
-    return {flag for line in lines if line.startswith("flags") for flag in line.split()}
+        return []
+    return [line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field]

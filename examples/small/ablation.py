@@ -2,7 +2,8 @@
 
 Invariant: all arms see the same pairs in the same order for a seed, as often. An arm's learning rate is the one whose run of seed 0 has the
 lowest caption loss on the validation half; beside another part, the projector keeps the rate that it prefers alone. Figures are of the
-test half, which decides nothing. Finished runs are not repeated; a run's folder names its rate.
+test half, which decides nothing. What a run reached is kept in its record, docs/plora_ablation/SEED/ARM-RATE.json; what a record holds is
+not trained or measured again: delete it for that.
 
     python examples/small/ablation.py 0 1 2                                 (25 trainings of ten minutes; goes on where it was stopped)
     python examples/small/ablation.py 0 1 2 --check docs/plora_ablation.md
@@ -13,15 +14,18 @@ import json
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
-from results import ALIKE, BIN, HELD_OUT, end_where_it_fails, exit_with, marked, printed
+from results import BIN, HELD_OUT, end_where_it_fails, exit_with, marked, printed
 
 from train import configure
 from train.config import Config, EvaluateConfig
+from train.device import cpu_name
 from train.evaluate import Scorer
-from train.run_dir import RunDir, write_atomic, write_json
+from train.run_dir import RunDir, read_json, write_atomic, write_json
 from train.weights.opened import open_model
 
+RECORDS = Path("docs/plora_ablation")
 RUNS = Path("runs/small/ablation")
 CONFIGS = Path("configs/small/ablation")
 RATES = {
@@ -34,21 +38,19 @@ RATES = {
 """Learning rates that are tried, by arm: of the projector where it learns alone, else of what learns beside it (the second group)."""
 ALONE = ("blind", "projector")
 SUITES = {
-    "captions": ("captions", "--data", HELD_OUT / "test"),
-    "alike": ("captions", "--data", ALIKE),
-    "text": ("text", "--data", HELD_OUT / "text"),
+    "captions": ("--data", HELD_OUT / "test"),
+    "text": ("--data", HELD_OUT / "text"),
 }
-"""By file: the suite of `xc-compose eval` and its data."""
+"""Suites of `xc-compose eval`, and their data."""
 COLUMNS = {
     ("captions", "nll_right"): "nats a token of a caption",
     ("captions", "blind_minus_right"): "more without its picture",
     ("captions", "wrong_minus_right"): "more behind a wrong one",
     ("captions", "retrieval_of_10"): "caption among ten",
     ("captions", "picture_of_10"): "picture among ten",
-    ("alike", "retrieval_of_10"): "caption among ten alike",
     ("text", "minus_base"): "change of nats on text alone",
 }
-"""File and figure; what the table calls it."""
+"""Suite and figure; what the table calls it."""
 OF_BLIND = {("captions", "nll_right"): "nll_blind", ("text", "minus_base"): "minus_base"}
 """What there is to measure of a model that sees no picture."""
 
@@ -64,8 +66,7 @@ def main() -> int:
         for arm, rates in RATES.items():
             for rate in rates:
                 tune(arm, rate, arguments.procs)
-        for seed in arguments.seeds:
-            for arm in RATES:
+            for seed in arguments.seeds:
                 measure(arm, seed, arguments.procs)
     return printed((tuning_table(), outcome_table(arguments.seeds)), arguments.check)
 
@@ -98,25 +99,36 @@ def train(arm: str, rate: str, seed: int, procs: str) -> RunDir:
     return run
 
 
+def record_of(arm: str, rate: str, seed: int) -> Path:
+    """The file that keeps what a run reached: nats a token on the `validation` half, figures by suite, `minutes` on which `processor`."""
+    return RECORDS / str(seed) / f"{arm}-{rate}.json"
+
+
+def recorded(arm: str, rate: str, seed: int) -> dict[str, Any]:
+    """What it holds."""
+    return json.loads(record_of(arm, rate, seed).read_text())
+
+
+def keep(run: RunDir, record: Path, found: dict[str, Any]) -> None:
+    """Adds to a record what was found of a run."""
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_json(record, (read_json(record) or {}) | {"minutes": run.lived_s() / 60, "processor": cpu_name()} | found)
+
+
 def tune(arm: str, rate: str, procs: str) -> None:
     """Trains with seed 0 and measures the validation captions, behind their pictures where the arm sees them."""
-    run = train(arm, rate, 0, procs)
-    found = tuning_file(arm, rate)
-    if not found.exists():
+    record = record_of(arm, rate, 0)
+    if "validation" not in (read_json(record) or {}):
+        run = train(arm, rate, 0, procs)
         opened = open_model(run.path)
         captions = Scorer(opened.model, opened.tokenizer, opened.config)
         segments = captions.captions("validation", HELD_OUT / "validation", sys.maxsize)["blind" if arm == "blind" else "right"]
-        write_json(found, {"nll": captions.score(segments).mean()})
-
-
-def tuning_file(arm: str, rate: str) -> Path:
-    """What the run of seed 0 reached on the validation half."""
-    return run_of(arm, rate, 0).path / "validation.json"
+        keep(run, record, {"validation": captions.score(segments).mean()})
 
 
 def tuned(arm: str, rate: str) -> float:
-    """Nats a token."""
-    return float(json.loads(tuning_file(arm, rate).read_text())["nll"])
+    """What the run of seed 0 reached on the validation half: nats a token."""
+    return float(recorded(arm, rate, 0)["validation"])
 
 
 def best_rate(arm: str) -> str:
@@ -126,11 +138,15 @@ def best_rate(arm: str) -> str:
 
 def measure(arm: str, seed: int, procs: str) -> None:
     """Trains with the arm's learning rate, and measures the test half."""
-    run = train(arm, best_rate(arm), seed, procs)
-    for name, suite in SUITES.items():
-        out = run.path / f"{name}.json"
-        if not (out.exists() or (arm == "blind" and name == "alike")):
-            end_where_it_fails(BIN / "xc-compose", "eval", run.path, "--suite", *suite, "-o", out)
+    rate = best_rate(arm)
+    record = record_of(arm, rate, seed)
+    for suite, data in SUITES.items():
+        if suite not in (read_json(record) or {}):
+            run = train(arm, rate, seed, procs)
+            out = run.path / f"{suite}.json"
+            end_where_it_fails(BIN / "xc-compose", "eval", run.path, "--suite", suite, *data, "-o", out)
+            rows = json.loads(out.read_text())["tables"][0]["rows"]
+            keep(run, record, {suite: {row["figure"]: row["value"] for row in rows}})
 
 
 def tuning_table() -> str:
@@ -147,16 +163,11 @@ def outcome_table(seeds: list[int]) -> str:
     """A row an arm: mean over seeds, and their standard deviation."""
     lines = [f"| | {' | '.join(COLUMNS.values())} | minutes |", "|---" * (len(COLUMNS) + 2) + "|"]
     for arm in RATES:
-        runs = [run_of(arm, best_rate(arm), seed) for seed in seeds]
+        runs = [recorded(arm, best_rate(arm), seed) for seed in seeds]
         figures = OF_BLIND if arm == "blind" else {column: column[1] for column in COLUMNS}
-        cells = [_spread([_figure(run, column[0], figures[column]) for run in runs]) if column in figures else "" for column in COLUMNS]
-        lines.append(f"| {arm} | {' | '.join(cells)} | {statistics.mean(run.lived_s() for run in runs) / 60:.1f} |")
+        cells = [_spread([run[column[0]][figures[column]] for run in runs]) if column in figures else "" for column in COLUMNS]
+        lines.append(f"| {arm} | {' | '.join(cells)} | {statistics.mean(run['minutes'] for run in runs):.1f} |")
     return "\n".join(lines)
-
-
-def _figure(run: RunDir, file: str, figure: str) -> float:
-    rows = json.loads((run.path / f"{file}.json").read_text())["tables"][0]["rows"]
-    return next(row["value"] for row in rows if row["figure"] == figure)
 
 
 def _spread(values: list[float]) -> str:

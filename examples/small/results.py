@@ -1,7 +1,8 @@
 """The small model's figures over several seeds: trains and measures what is missing, and prints the tables of docs/results.md.
 
-Invariant: a seed changes weights, data order, augmentation and dropout; data, splits and settings stay. Every figure is read from a file
-of a run directory; `--check` fails where the document says something else.
+Invariant: a seed changes weights, data order, augmentation and dropout; data, splits and settings stay. Every figure is read from files of
+a run directory into the seed's record, docs/results/seed-N.json. A seed that has one is not trained again: delete it to measure anew.
+`--check` fails where the document says something else than the records, or a record than a run directory that is there.
 
     make small-data
     python examples/small/results.py 0 1 2                          (an hour a seed on two quiet cores)
@@ -15,12 +16,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from captions import category_of
 
-from train.run_dir import RunDir
+from train.device import cpu_name
+from train.run_dir import RunDir, write_json
 
 RUNS = Path("runs/small/seeds")
+RECORDS = Path("docs/results")
 HELD_OUT = Path("runs/small/data/heldout")
 ALIKE = HELD_OUT / "alike"
 BIN = Path(sys.executable).parent
@@ -44,10 +48,27 @@ def main() -> int:
     parser.add_argument("--procs", default="2", help="ranks of a training (default 2)")
     parser.add_argument("--check", type=Path, help="a document that must hold the tables; nothing is trained")
     arguments = parser.parse_args()
-    if arguments.check is None:
-        for seed in arguments.seeds:
+    for seed in arguments.seeds:
+        if arguments.check is None and not record_of(seed).exists():
             train(seed, arguments.procs)
+            RECORDS.mkdir(parents=True, exist_ok=True)
+            write_json(record_of(seed), {"processor": cpu_name(), **measured(seed)})
+        if RunDir(RUNS / str(seed) / "pretrain").outcome.exists() and recorded(seed) != recorded(seed) | measured(seed):
+            print(
+                f"error: {record_of(seed)} does not say what {RUNS / str(seed)} says (delete it to have it written anew)", file=sys.stderr
+            )
+            return 1
     return printed((figures(arguments.seeds), samples(arguments.seeds[0])), arguments.check)
+
+
+def record_of(seed: int) -> Path:
+    """The file that keeps what was measured."""
+    return RECORDS / f"seed-{seed}.json"
+
+
+def recorded(seed: int) -> dict[str, Any]:
+    """What it holds: `processor`, `figures` (words, or a figure with its standard error) by name, `samples`."""
+    return json.loads(record_of(seed).read_text())
 
 
 def printed(tables: Iterable[str], document: Path | None) -> int:
@@ -98,7 +119,8 @@ def train(seed: int, procs: str) -> None:
 
 def figures(seeds: list[int]) -> str:
     """A column a seed; of the test pairs, whose concepts no stage has seen. The mean is followed by the seeds' standard deviation."""
-    columns = [of_seed(RUNS / str(seed)) for seed in seeds]
+    records = [recorded(seed) for seed in seeds]
+    columns = [record["figures"] for record in records]
     lines = [f"| | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | bar |", "|---" * (len(seeds) + 3) + "|"]
     means = {
         name: statistics.mean(column[name][0] for column in columns) for name, value in columns[0].items() if not isinstance(value, str)
@@ -111,6 +133,7 @@ def figures(seeds: list[int]) -> str:
         cells = [f"{value:.3f}{f' ± {error:.3f}' if error else ''}" for value, error in values]
         spread = f" ± {statistics.stdev(value for value, _ in values):.3f}" if len(values) > 1 else ""
         lines.append(f"| {name} | {' | '.join(cells)} | **{means[name]:.3f}**{spread} | {bar(name, means)} |")
+    lines.append(f"| trained on | {' | '.join(record['processor'] for record in records)} | | |")
     return "\n".join(lines)
 
 
@@ -125,22 +148,22 @@ def bar(name: str, means: dict[str, float]) -> str:
     return ""
 
 
-def of_seed(folder: Path) -> dict[str, str | tuple[float, float | None]]:
-    """Each figure with its standard error over concepts, or words."""
-    blind, pretrain = (RunDir(folder / stage) for stage in STAGES)
+def measured(seed: int) -> dict[str, Any]:
+    """What the files of a seed's run directories say: each figure with its standard error over concepts, or words; samples."""
+    blind, pretrain = (RunDir(RUNS / str(seed) / stage) for stage in STAGES)
     seeing, control = (json.loads(run.evaluation.read_text())["splits"]["test"] for run in (pretrain, blind))
     text, alike = (json.loads((pretrain.path / f"{name}.json").read_text())["tables"][0] for name in ("text", "alike"))
-    among_alike = {row["figure"]: (row["value"], row["stderr"]) for row in alike["rows"]}
-    found: dict[str, str | tuple[float, float | None]] = {words: (seeing[f], seeing["stderr"][f]) for f, words in FIGURES.items()}
-    found["caption among ten, by guessing among those of the right category"] = category_alone(HELD_OUT / "test"), None
+    among_alike = {row["figure"]: [row["value"], row["stderr"]] for row in alike["rows"]}
+    found: dict[str, str | list[float | None]] = {words: [seeing[f], seeing["stderr"][f]] for f, words in FIGURES.items()}
+    found["caption among ten, by guessing among those of the right category"] = [category_alone(HELD_OUT / "test"), None]
     found["caption among ten that are alike"] = among_alike["retrieval_of_10"]
     found["picture among ten that are alike"] = among_alike["picture_of_10"]
-    found["caption among ten alike, by guessing among those of the right category"] = category_alone(ALIKE), None
-    found[BLIND] = control["nll_blind"], control["stderr"]["nll_blind"]
+    found["caption among ten alike, by guessing among those of the right category"] = [category_alone(ALIKE), None]
+    found[BLIND] = [control["nll_blind"], control["stderr"]["nll_blind"]]
     found["text alone: logits"] = text["notes"][0].removeprefix("Logits ").rstrip(".")
-    found[MINUTES] = pretrain.lived_s() / 60, None
-    found["minutes of the language model's"] = blind.lived_s() / 60, None
-    return found
+    found[MINUTES] = [pretrain.lived_s() / 60, None]
+    found["minutes of the language model's"] = [blind.lived_s() / 60, None]
+    return {"figures": found, "samples": seeing["samples"]}
 
 
 def category_alone(split: Path) -> float:
@@ -152,9 +175,8 @@ def category_alone(split: Path) -> float:
 
 def samples(seed: int) -> str:
     """What the model writes about the first test pictures by SHA-256 of their key, and which of ten captions it prefers."""
-    stored = json.loads(RunDir(RUNS / str(seed) / "pretrain").evaluation.read_text())["splits"]["test"]["samples"]
     lines = ["| picture | its caption | written | chosen of ten |", "|---|---|---|---|"]
-    for s in stored:
+    for s in recorded(seed)["samples"]:
         cells = (s["key"], s["reference"], marked(s["generated"], s["generated_right"]), marked(s["retrieved"], s["retrieved_right"]))
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return "\n".join(lines)

@@ -1,10 +1,13 @@
 """The small model's documents say what its run directories say."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+
+from train.run_dir import read_json
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -27,7 +30,7 @@ def lived(run: Path, seconds: int) -> None:
 
 def write_seed(seed: int) -> None:
     """Figures that tell seeds apart, where results.py finds them."""
-    from results import ALIKE, FIGURES, HELD_OUT, RUNS
+    from results import ALIKE, FIGURES, HELD_OUT, RUNS, measured, record_of
 
     item = {"caption": "tool: saw", "candidates": ["tool: saw", "animal: bull", "tool: axe", "plant: oak"]}
     for half in (HELD_OUT / "test", ALIKE):
@@ -41,6 +44,8 @@ def write_seed(seed: int) -> None:
     write(RUNS / str(seed) / "pretrain" / "text.json", {"tables": [{"notes": ["Logits are the same."]}]})
     rows = [{"figure": f, "value": 0.3, "stderr": 0.02} for f in ("retrieval_of_10", "picture_of_10")]
     write(RUNS / str(seed) / "pretrain" / "alike.json", {"tables": [{"rows": rows}]})
+    write(RUNS / str(seed) / "pretrain" / "outcome.json", {})
+    write(record_of(seed), {"processor": "a processor", **measured(seed)})
 
 
 def check(monkeypatch, program, document: Path) -> int:
@@ -65,9 +70,16 @@ def test_the_check_of_results_fails_where_the_document_says_something_else(monke
     assert "| caption among ten that are alike | 0.300 ± 0.020 | 0.300 ± 0.020 | **0.300** ± 0.000 |  |" in said
     assert "by guessing among those of the right category | 0.750 | 0.750 | **0.750** ± 0.000 |" in said
     assert "| k/1 | a saw | **a saw** | a bull |" in said
+    assert "| trained on | a processor | a processor | | |" in said
     document.write_text(said.replace("0.510", "0.610"))
     assert check(monkeypatch, results, document) == 1
     assert "does not hold this table" in capsys.readouterr().err
+    document.write_text(said)
+    lived(results.RUNS / "1" / "pretrain", 660)
+    assert check(monkeypatch, results, document) == 1
+    assert "seed-1.json does not say what runs/small/seeds/1 says" in capsys.readouterr().err
+    shutil.rmtree(results.RUNS)
+    assert check(monkeypatch, results, document) == 0, "a record is enough"
 
 
 def test_an_arm_of_the_ablation_takes_the_rate_that_validation_prefers(monkeypatch, tmp_path):
@@ -75,14 +87,12 @@ def test_an_arm_of_the_ablation_takes_the_rate_that_validation_prefers(monkeypat
 
     for arm, rates in ablation.RATES.items():
         for number, rate in enumerate(rates):
-            write(ablation.tuning_file(arm, rate), {"nll": 4.0 + abs(number - (0 if arm == "lora" else 1))})
+            write(ablation.record_of(arm, rate, 0), {"validation": 4.0 + abs(number - (0 if arm == "lora" else 1))})
+        figures = ablation.OF_BLIND if arm == "blind" else {column: column[1] for column in ablation.COLUMNS}
         for seed in (0, 1):
-            run = ablation.run_of(arm, ablation.best_rate(arm), seed).path
-            figures = ablation.OF_BLIND if arm == "blind" else {column: column[1] for column in ablation.COLUMNS}
-            for file in ablation.SUITES:
-                rows = [{"figure": figure, "value": 0.5 + seed} for (of, _), figure in figures.items() if of == file]
-                write(run / f"{file}.json", {"tables": [{"rows": rows}]})
-            lived(run, 600)
+            record = ablation.record_of(arm, ablation.best_rate(arm), seed)
+            found = {suite: {figure: 0.5 + seed for (of, _), figure in figures.items() if of == suite} for suite in ablation.SUITES}
+            write(record, (read_json(record) or {}) | {"minutes": 10.0, **found})
     chosen = {arm: rates[0 if arm == "lora" else 1] for arm, rates in ablation.RATES.items()}
     assert {arm: ablation.best_rate(arm) for arm in ablation.RATES} == chosen
     assert "| lora | **1e-4: 4.000** · 3e-4: 5.000 · 1e-3: 6.000 | at an end |" in ablation.tuning_table()
@@ -91,7 +101,7 @@ def test_an_arm_of_the_ablation_takes_the_rate_that_validation_prefers(monkeypat
     assert check(monkeypatch, ablation, document) == 0
     said = document.read_text()
     assert "| plora | 3e-4: 5.000 · **1e-3: 4.000** · 3e-3: 5.000 |  |" in said and "| 1.000 ± 0.707 |" in said
-    assert "| blind | 1.000 ± 0.707 |  |  |  |  |  | 1.000 ± 0.707 | 10.0 |" in said
+    assert "| blind | 1.000 ± 0.707 |  |  |  |  | 1.000 ± 0.707 | 10.0 |" in said
     document.write_text(said.replace("0.707", "0.0"))
     assert check(monkeypatch, ablation, document) == 1
 
@@ -102,7 +112,7 @@ def test_beside_another_part_the_projector_keeps_the_rate_that_it_prefers_alone(
     monkeypatch.setattr(ablation, "CONFIGS", EXAMPLES.parent / "configs" / "small" / "ablation")
     for arm, rates in ablation.RATES.items():
         for number, rate in enumerate(rates):
-            write(ablation.tuning_file(arm, rate), {"nll": 4.0 - number})
+            write(ablation.record_of(arm, rate, 0), {"validation": 4.0 - number})
     rates = {}
     for arm, (first, *_) in ablation.RATES.items():
         config = ablation.config_of(arm, first, 1)

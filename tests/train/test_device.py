@@ -13,6 +13,6 @@ from train.config import Precision
 )
 def test_auto_is_bf16_only_where_the_processor_multiplies_it(monkeypatch, flags, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(device, "_cpu_flags", lambda: flags)
+    monkeypatch.setattr(device, "_cpuinfo", lambda field: [" ".join(flags)])
     assert device.choose(Precision.auto, 0).dtype is dtype
     assert device.choose(Precision.fp32, 0).dtype is torch.float32, "what is asked for is done"
