@@ -46,7 +46,8 @@ NO_PEERS = "import loader; from pathlib import Path; loader.PEERS_PYTHON = Path(
 
 
 def environment(folder: Path) -> dict[str, str]:
-    return {**os.environ, "TMPDIR": str(folder)}
+    """Temporary files of our own go to the folder; torch's cache, which importing it opens, does not."""
+    return {**os.environ, "TMPDIR": str(folder), "TORCHINDUCTOR_CACHE_DIR": str(folder.with_name(f"{folder.name}-inductor"))}
 
 
 def test_the_trainer_benchmark_ends_with_its_figures_and_leaves_nothing_behind(tmp_path):

@@ -58,7 +58,7 @@ def main() -> int:
                 f"error: {record_of(seed)} does not say what {RUNS / str(seed)} says (delete it to have it written anew)", file=sys.stderr
             )
             return 1
-    return printed((figures(arguments.seeds), samples(arguments.seeds[0])), arguments.check)
+    return printed((figures(arguments.seeds), sample_table(recorded(arguments.seeds[0])["samples"])), arguments.check)
 
 
 def record_of(seed: int) -> Path:
@@ -163,7 +163,7 @@ def measured(seed: int) -> dict[str, Any]:
     found["text alone: logits"] = text["notes"][0].removeprefix("Logits ").rstrip(".")
     found[MINUTES] = [pretrain.lived_s() / 60, None]
     found["minutes of the language model's"] = [blind.lived_s() / 60, None]
-    return {"figures": found, "samples": seeing["samples"]}
+    return {"figures": found, "samples": shown(seeing["samples"])}
 
 
 def category_alone(split: Path) -> float:
@@ -173,10 +173,15 @@ def category_alone(split: Path) -> float:
     return statistics.mean(1 / candidates.count(right) for right, *candidates in of)
 
 
-def samples(seed: int) -> str:
-    """What the model writes about the first test pictures by SHA-256 of their key, and which of ten captions it prefers."""
+def shown(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Samples of an evaluation, without their pictures."""
+    return [{key: value for key, value in sample.items() if key != "image"} for sample in samples]
+
+
+def sample_table(samples: list[dict[str, Any]]) -> str:
+    """What a model writes about the first test pictures by SHA-256 of their key, and which of ten captions it prefers."""
     lines = ["| picture | its caption | written | chosen of ten |", "|---|---|---|---|"]
-    for s in recorded(seed)["samples"]:
+    for s in samples:
         cells = (s["key"], s["reference"], marked(s["generated"], s["generated_right"]), marked(s["retrieved"], s["retrieved_right"]))
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return "\n".join(lines)

@@ -32,7 +32,7 @@ HELD_OUT = 400
 """Pairs drawn for each half, about; a concept is never cut."""
 HELD_OUT_DOCUMENTS = 80
 CANDIDATES = 10
-TRAINING = ("pairs", "captions", "documents", "sft", "compose")
+TRAINING = ("pairs", "captions", "documents", "sft", "compose", "figures")
 DOCUMENTS = "heldout/documents"
 ALIKE = "alike"
 """The test half once more, with candidates of like categories."""
@@ -148,6 +148,12 @@ def pair_samples(pairs: Iterable[Pair]) -> Iterator[Sample]:
         yield {"__key__": pair.key, "webp": _encoded(pair.image), "txt": pair.caption}
 
 
+def captioned_figures(documents: Iterable[Document]) -> list[Pair]:
+    """The figures of pages that have a caption: a collection for articles."""
+    of = ((f"{document.name}-{number}", figure) for document in documents for number, figure in enumerate(document.figures))
+    return [Pair(key, figure.caption, figure.image) for key, figure in of if figure.caption]
+
+
 def document_sample(document: Document) -> Sample:
     """The layout of OBELICS; a figure's caption is the text behind it."""
     texts: list[str | None] = []
@@ -208,6 +214,8 @@ def build(packages: Path, out: Path) -> None:
     write_shards(partial / "sft" / "%06d.tar", sorted(conversations, key=lambda s: rank("sft", str(s["__key__"]))), 4 * PER_SHARD)
     composition = sorted(of_composition(documents, _encoded), key=lambda s: rank("compose", str(s["__key__"])))
     write_shards(partial / "compose" / "%06d.tar", composition, PER_SHARD)
+    figures = captioned_figures(documents)
+    write_shards(partial / "figures" / "%06d.tar", pair_samples(figures), PER_SHARD)
     paragraphs = list(unseen_paragraphs(unseen, documents))
     write_shards(partial / "heldout" / "text" / "%06d.tar", paragraphs)
     captioned = [d for d in unseen if all(f.caption for f in d.figures)]  # else xc-compose eval takes the next line for a caption
@@ -224,6 +232,7 @@ def build(packages: Path, out: Path) -> None:
         ("documents", len(documents)),
         ("sft", len(conversations)),
         ("compose", len(composition)),
+        ("figures", len(figures)),
     ):
         print(f"{out / name}: {count} samples")
     print(

@@ -165,6 +165,14 @@ def test_conversations_are_samples_and_their_answers_stand_in_the_data():
     assert 5 < len(which) < 25
 
 
+def test_figures_for_articles_are_those_with_a_caption():
+    from packages import Document, Figure
+    from small_data import captioned_figures
+
+    page = Document("page", ["Title", Figure(drawing(1), None), "Words.", Figure(drawing(2), "A chart")])
+    assert [(pair.key, pair.caption) for pair in captioned_figures([page])] == [("page-1", "A chart")]
+
+
 def test_a_renamed_tokenizer_has_begin_end_and_turns(tmp_path):
     from small_weights import rename_tokens
 

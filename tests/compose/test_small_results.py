@@ -59,7 +59,7 @@ def test_the_check_of_results_fails_where_the_document_says_something_else(monke
     for seed in (0, 1):
         write_seed(seed)
     document = tmp_path / "results.md"
-    document.write_text(f"# Results\n\n{results.figures([0, 1])}\n\n{results.samples(0)}\n")
+    document.write_text(f"# Results\n\n{results.figures([0, 1])}\n\n{results.sample_table(results.recorded(0)['samples'])}\n")
     assert check(monkeypatch, results, document) == 0
     said = document.read_text()
     seeds = "| 0.500 ± 0.020 | 0.510 ± 0.020 | **0.505** ± 0.007"
@@ -80,6 +80,42 @@ def test_the_check_of_results_fails_where_the_document_says_something_else(monke
     assert "seed-1.json does not say what runs/small/seeds/1 says" in capsys.readouterr().err
     shutil.rmtree(results.RUNS)
     assert check(monkeypatch, results, document) == 0, "a record is enough"
+
+
+def test_the_check_of_stages_fails_where_the_document_or_a_run_says_something_else(monkeypatch, tmp_path, capsys):
+    import later_stages as stages
+    import results
+
+    write_seed(0)
+    write(stages.SEED / "sft" / "evaluation.json", json.loads((stages.SEED / "pretrain" / "evaluation.json").read_text()))
+    (stages.SEED / "compose").mkdir()
+    for stage in stages.BEGINS_FROM:
+        lived(stages.SEED / stage, 1200)
+        for suite in stages.SUITES:
+            rows = [{"figure": f, "value": 0.4, "stderr": 0.1, "beside": 0.25} for of, f in stages.ROWS if of == suite]
+            write(stages.tables_of(stage, suite), {"tables": [{"rows": rows}]})
+    steps = [{"step": "write", "fallback": None}, {"step": "choose lines", "fallback": "not marks"}]
+    for number in range(stages.ARTICLES):
+        text = {"title": f"T {number}", "lines": ["One.", "Two."], "pictures": [{"caption": "C"}]}
+        write(stages.article_of(number).with_suffix(".json"), {"instruction": "Explain: T", "article": text, "steps": steps})
+        stages.article_of(number).touch()
+    record = {"processor": "a processor", **stages.measured()}
+    write(stages.RECORD, record)
+    tables = (stages.figures(record), results.sample_table(record["samples"]), stages.articles(record))
+    said = "\n\n".join(tables)
+    assert "| figure of a caption, among four |  | 0.400 ± 0.100 | 0.400 ± 0.100 | 0.250 |" in said
+    assert "| minutes of training, a processor |  | 20.0 | 20.0 | |" in said
+    assert "| Explain: T | T 0 | One. | C | 1 of 2 |" in said
+
+    def checked(text: str) -> int:
+        (tmp_path / "results.md").write_text(text)
+        monkeypatch.setattr(sys, "argv", ["later_stages.py", "--check", str(tmp_path / "results.md")])
+        return stages.main()
+
+    assert checked(said) == 0
+    assert checked(said.replace("0.400", "0.500")) == 1
+    lived(stages.SEED / "sft", 1260)
+    assert checked(said) == 1 and "does not say what" in capsys.readouterr().err
 
 
 def test_an_arm_of_the_ablation_takes_the_rate_that_validation_prefers(monkeypatch, tmp_path):
@@ -133,7 +169,7 @@ def test_a_check_without_runs_trains_nothing(monkeypatch, tmp_path):
 
     document = tmp_path / "document.md"
     document.write_text("# Figures\n")
-    for program in (results, ablation):
+    for program in (results, ablation):  # later_stages.py knows its one seed
         with pytest.raises(FileNotFoundError):
             check(monkeypatch, program, document)
     assert [file.name for file in tmp_path.iterdir()] == ["document.md"]
