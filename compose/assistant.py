@@ -13,7 +13,7 @@ from data_pipeline.batch import Segment
 from data_pipeline.config import ImageConfig
 from data_pipeline.errors import UserError
 from data_pipeline.read import images
-from data_pipeline.samples import AnswerEndElement, Element, ImageElement, Role, TextElement, TurnElement
+from data_pipeline.samples import AnswerEndElement, Element, ImageElement, Role, TextElement, TurnElement, is_unicode
 from data_pipeline.text.templates import Bounds, Rendered, chat_format, render
 from data_pipeline.text.tokenizer import Tokenizer
 from train.config import Stage
@@ -120,7 +120,7 @@ class Assistant(Prompter):
 
     def spoken(self, turns: Sequence[Turn], answer: str) -> Segment:
         """The turns and an answer, which alone is supervised: what training shows."""
-        elements = [*_elements(turns), TextElement(answer), AnswerEndElement(last=True)]
+        elements = [*_elements(turns), TextElement(answer.strip()), AnswerEndElement(last=True)]
         return self._segment(turns, self._render(elements, last=True))
 
     def likeliest(self, turns: Sequence[Turn], options: Sequence[str]) -> int:
@@ -176,16 +176,30 @@ def _elements(turns: Sequence[Turn]) -> list[Element]:
     before: Role | None = None
     for turn in turns:
         elements.append(TurnElement(before, turn.role))
-        for number, part in enumerate(turn.parts):
+        parts = _joined(turn.parts)
+        for number, part in enumerate(parts):
             if isinstance(part, Picture):
                 elements.append(ImageElement(part.data))
                 continue
-            first, last = number == 0, number == len(turn.parts) - 1
+            first, last = number == 0, number == len(parts) - 1
             text = part.lstrip() if first else part
             text = text.rstrip() if last else text
+            if not is_unicode(text):
+                raise UserError("the question is not Unicode: half a surrogate pair, or bytes that are not UTF-8 (mend it)")
             if text:
                 elements.append(TextElement(text, supervised=turn.role is Role.assistant))
         if turn.role is Role.assistant:
             elements.append(AnswerEndElement(last=False))
         before = turn.role
     return [*elements, TurnElement(before, Role.assistant)]
+
+
+def _joined(parts: Sequence[str | Picture]) -> Parts:
+    """Neighbouring words as one text: training encodes what stands between two pictures at once, and tokens may cross a border."""
+    joined: list[str | Picture] = []
+    for part in parts:
+        if isinstance(part, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return joined

@@ -3,10 +3,10 @@
 Invariant: a mistake in a line costs that line, never the conversation.
 """
 
+import os
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from compose import pictures
 from compose.assistant import Assistant, Parts, Turn
@@ -39,7 +39,8 @@ def _parts(line: str) -> Iterator[str | pictures.Picture]:
     for found in _PATH.finditer(line):
         if line[begin : found.start()].strip():
             yield line[begin : found.start()]
-        yield pictures.read([Path(found["quoted"] or found["plain"]).expanduser()])[0]
+        path = os.path.expanduser(found["quoted"] or found["plain"])  # noqa: PTH111  which leaves `~nobody.png` as it is
+        yield pictures.read([path])[0]
         begin = found.end()
     if line[begin:].strip():
         yield line[begin:]
@@ -97,3 +98,5 @@ def converse(chat: Chat) -> None:
                 ask_once(chat, line)
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
+            except KeyboardInterrupt:
+                print("(not answered)", file=sys.stderr)

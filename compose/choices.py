@@ -15,6 +15,7 @@ from compose import pictures, prompts
 from compose.assistant import Parts
 from compose.pictures import Picture
 from data_pipeline.errors import UserError
+from data_pipeline.samples import is_unicode
 
 LETTERS = "ABCDEFGH"
 
@@ -61,9 +62,12 @@ def _question(line: str, file: Path, number: int, images: dict[str, str]) -> Que
         given = (row.get(f"choice_{letter.lower()}" if seed else letter) for letter in LETTERS)
         options = [str(option) for option in takewhile(_is_option, given)]
         name, category = ("question_id", "question_type_id") if seed else ("index", "category")
-        image = _named(row.get("data_id")) if seed else _words(row.get("image"))
-        image = images.setdefault(str(row.get("index", where)), images.get(image, image))
+        image = _named(row, "data_id" if seed else "image")
+        image = images.get(image, image)
+        images[str(row.get("index", where))] = image
         words = prompts.letter("\n".join(filter(None, (_words(row.get("hint")), str(row["question"])))), options)
+        if not is_unicode(words):
+            raise ValueError("half a surrogate pair in its words")
         return Question(
             str(row.get(name, number)),
             str(row.get(category, "-")),
@@ -102,10 +106,11 @@ def _picture(row: dict[str, Any], image: str, seed: bool, file: Path, where: str
         raise ValueError("its image is neither base64 nor the name of a file") from None
 
 
-def _named(value: object) -> str:
-    """A file's name, or nothing where none is given."""
+def _named(row: dict[str, Any], key: str) -> str:
+    """What names or is a picture, or nothing where none is given."""
+    value = row.get(key)
     if _is_option(value) and not isinstance(value, str):
-        raise ValueError(f"its data_id, {value!r}, is no name of a file")
+        raise ValueError(f"its {key}, {value!r}, is no text")
     return _words(value)
 
 

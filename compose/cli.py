@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("collection", type=Path, metavar="C", help="the collection")
     wanted = search.add_mutually_exclusive_group(required=True)
     wanted.add_argument("text", nargs="?", metavar="TEXT", help="nearest captions")
-    wanted.add_argument("--image", metavar="FILE", help="pictures that look like it to the model of --model")
+    wanted.add_argument("--image", metavar="FILE", help="pictures that look like it to the model that collection build --model named")
     search.add_argument("--count", type=_positive, default=8, metavar="N", help="pictures at most (default %(default)s)")
     search.set_defaults(run=_search)
 

@@ -23,6 +23,7 @@ import pyarrow as pa
 from compose import embed
 from compose.pictures import EXTENSIONS, Picture
 from data_pipeline.errors import UserError
+from data_pipeline.read.images import decode
 from data_pipeline.read.storage import ShardReader
 from data_pipeline.samples import BadSample, ImageElement, Kind, TextElement, image_size, parse
 from data_pipeline.shards.source import ShardSource
@@ -83,7 +84,8 @@ def build(origin: Path, output: Path, model: Path | None = None) -> Built:
         raise UserError(f"{output.absolute()} exists (choose another -o, or remove it)")
     sight = _open_sight(model) if model else None
     damaged: list[str] = []
-    found = _of_source(origin, damaged) if any(origin.glob("*.tar")) else _of_folder(origin, damaged)
+    source = ShardSource(origin.name, origin) if any(origin.glob("*.tar")) else None
+    found = _of_source(source, origin, damaged) if source else _of_folder(origin, damaged)
     batches = _Batches(_looked_at(found, sight, damaged))
     first = next(batches, None)
     if first is None:
@@ -97,6 +99,8 @@ def build(origin: Path, output: Path, model: Path | None = None) -> Built:
         for column in ("vector", "sight")[: 2 if sight else 1] if count >= INDEX_FROM else ():
             table.create_index(metric="cosine", vector_column_name=column, index_type="IVF_FLAT")
         facts = {"of": str(origin.absolute()), "embedder": embed.NAME, "pictures": count, "unreadable": len(damaged)}
+        if source:
+            facts["index"] = source.facts.digest
         if sight:
             facts["sight"] = {"model": str(model.absolute()), "weights": sight.weights, "centre": batches.centre.tolist()}
         write_json(partial / FACTS, facts)
@@ -127,6 +131,7 @@ class Collection:
         if not origin.is_dir():
             raise UserError(f"{folder.absolute()}: its pictures lay in {origin}, which is gone (build it anew)")
         self._sight: dict[str, Any] | None = facts.get("sight")
+        self._index: str | None = facts.get("index")
         self._folder = folder
         with _undamaged(folder):
             self._table = lancedb.connect(folder).open_table(TABLE)
@@ -187,14 +192,17 @@ class Collection:
     def _read(self, entry: Entry) -> Picture | None:
         try:
             data = Path(entry.place).read_bytes() if entry.row == NO_ROW else self._from_source(entry)
-            image_size(data)
+            decode(data)
         except (OSError, BadSample):
             return None
         return Picture(entry.name, data, entry.caption)
 
     def _from_source(self, entry: Entry) -> bytes:
         if entry.place not in self._sources:
-            self._sources[entry.place] = ShardSource(Path(entry.place).name, entry.place)
+            source = ShardSource(Path(entry.place).name, entry.place)
+            if source.facts.digest != self._index:
+                raise UserError(f"{self._folder.absolute()}: {entry.place} was indexed anew since, with other rows (build it anew)")
+            self._sources[entry.place] = source
         elements = parse(Kind.pair, read_members(self._reader.read(self._sources[entry.place].locate(entry.row))))
         return next(e.data for e in elements if isinstance(e, ImageElement))
 
@@ -239,8 +247,7 @@ def _of_folder(folder: Path, damaged: list[str]) -> Iterator[tuple[Entry, bytes]
         yield Entry(path.name, text or _words_of(path.stem), str(path.absolute()), NO_ROW), data
 
 
-def _of_source(folder: Path, damaged: list[str]) -> Iterator[tuple[Entry, bytes]]:
-    source = ShardSource(folder.name, folder)
+def _of_source(source: ShardSource, folder: Path, damaged: list[str]) -> Iterator[tuple[Entry, bytes]]:
     if source.kind is not Kind.pair:
         raise UserError(f"{folder.absolute()} is a source of kind {source.kind.value}, whose pictures have no captions (give one of pairs)")
     reader = ShardReader()

@@ -27,6 +27,8 @@ def check_output(output: Path) -> Path:
     Raises:
         UserError: one of them exists, or there is no such folder.
     """
+    if output.is_dir():
+        raise UserError(f"-o {output} is a folder (give the page's name, such as {output / 'article.html'})")
     record = output.with_suffix(".json")
     if record == output:
         raise UserError(f"-o {output}: the record goes there (give the page's name, such as {output.with_suffix('.html')})")

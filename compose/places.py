@@ -21,8 +21,9 @@ from compose.assistant import Assistant, Parts, ask
 from compose.pictures import Picture
 from compose.prompts import Placed
 from data_pipeline.errors import UserError
+from data_pipeline.read.images import decode
 from data_pipeline.read.storage import ShardReader
-from data_pipeline.samples import Element, ImageElement, Kind, TextElement, parse
+from data_pipeline.samples import BadSample, Element, ImageElement, Kind, TextElement, parse
 from data_pipeline.shards.source import ShardSource
 from data_pipeline.shards.tar import read_members
 from train.evaluate import Scorer
@@ -64,6 +65,19 @@ class Place(NamedTuple):
         return [Placed(line, pictures) for line, pictures in zip(shown, [*found, []], strict=True)]
 
 
+@dataclass
+class Hits:
+    """Answers that were right or not, and the pages that they are about: those of one page share lines and errors."""
+
+    right: list[bool] = field(default_factory=list)
+    pages: list[str] = field(default_factory=list)
+
+    def add(self, place: Place, right: bool) -> None:
+        """One more answer."""
+        self.right.append(right)
+        self.pages.append(place.page.name)
+
+
 @dataclass(frozen=True)
 class Found:
     """What a model did, by step."""
@@ -74,9 +88,9 @@ class Found:
     """F1 of lines that are spread evenly, which is what an article falls back to."""
     as_asked: np.ndarray
     """Whether its answer was marks alone, by page."""
-    captions: np.ndarray
+    captions: Hits
     """Whether the author's caption was likelier than those of three other documents, by place."""
-    pictures: np.ndarray
+    pictures: Hits
     """Whether it chose the author's picture among those of three other documents, by place."""
     left_out: int
     """Questions that did not fit the context."""
@@ -86,15 +100,23 @@ def read(folder: Path) -> list[Page]:
     """The pages of an indexed source of documents that have a picture behind a line.
 
     Raises:
-        UserError: no such source, or too few pictures with captions in it to choose among, or too many that are alike.
+        UserError: no such source, a picture that does not decode, too few with captions to choose among, or too many that are alike.
     """
     source = ShardSource(folder.name, folder, key="--data")
     if source.kind is not Kind.document:
         raise UserError(f"{folder.absolute()} is a source of kind {source.kind.value} (give one of documents)")
     reader = ShardReader()
     rows = source.kept(0, source.facts.kept)
-    pages = [_page(source.key(int(row)), parse(source.kind, read_members(reader.read(source.locate(int(row)))))) for row in rows]
-    pages = [page for page in pages if page.figures]
+    pages = []
+    for row in map(int, rows):
+        try:
+            page = _page(source.key(row), parse(source.kind, read_members(reader.read(source.locate(row)))))
+            for picture in (picture for behind in page.figures.values() for picture in behind):
+                decode(picture.data)
+        except BadSample as bad:
+            raise UserError(f"{folder.absolute()}: {source.key(row)} cannot be read: {bad} (leave it out, and index again)") from None
+        if page.figures:
+            pages.append(page)
     pool = _pool(places(pages))
     if len(pool) < OPTIONS:
         raise UserError(f"{folder.absolute()}: fewer than {OPTIONS} documents have a picture with a caption (give a larger source)")
@@ -128,7 +150,7 @@ def measure(assistant: Assistant, scorer: Scorer, pages: Sequence[Page]) -> Foun
         f1.append(_f1(chosen.value, right))
         evenly.append(_f1(prompts.spread(len(page.lines), len(right)), right))
         as_asked.append(chosen.fallback is None)
-    captions, pictures = [], []
+    captions, pictures = Hits(), Hits()
     pool = _pool(places(pages))
     for place in places(pages):
         options = [place.picture, *_others(place, pool)]
@@ -136,14 +158,14 @@ def measure(assistant: Assistant, scorer: Scorer, pages: Sequence[Page]) -> Foun
         if asked is None:
             left_out += 1
         else:
-            captions.append(_caption_is_likeliest(assistant, scorer, asked, [str(o.caption) for o in options]))
+            captions.add(place, _caption_is_likeliest(assistant, scorer, asked, [str(o.caption) for o in options]))
         order = sorted(options, key=lambda o, place=place: _hash(place.name, "order", o.digest))
         parts = longest(assistant, place.before(), lambda before, place=place, order=order: _choose(place, before, order))
         if parts is None:
             left_out += 1
         else:
-            pictures.append(order[assistant.likeliest(ask(*parts), prompts.OPTIONS)] is place.picture)
-    return Found(*map(np.asarray, (f1, evenly, as_asked, captions, pictures)), left_out)
+            pictures.add(place, order[assistant.likeliest(ask(*parts), prompts.OPTIONS)] is place.picture)
+    return Found(np.asarray(f1), np.asarray(evenly), np.asarray(as_asked), captions, pictures, left_out)
 
 
 def _choose(place: Place, before: Sequence[Placed], order: Sequence[Picture]) -> Parts:

@@ -4,7 +4,7 @@ Invariant: data are checked before a model is loaded; every figure stands beside
 questions it comes. The same weights and data give the same tables.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,7 +99,8 @@ def check_output(output: Path | None) -> None:
     if output is None:
         return
     if output.suffix != ".json":
-        raise UserError(f"-o {output}: tables go to a .json, and to a .md beside it (give {output.with_suffix('.json')})")
+        named = output / "NAME.json" if output.is_dir() else output.with_suffix(".json")
+        raise UserError(f"-o {output}: tables go to a .json, and to a .md beside it (give {named})")
     for file in (output, output.with_suffix(".md")):
         if file.exists():
             raise UserError(f"{file.absolute()} exists (choose another -o, or remove it)")
@@ -152,7 +153,7 @@ def _caption_table(scorer: Scorer, name: str, folder: Path) -> Table:
     if scorer.config.run.stage is not Stage.language:
         rows = [row("nll_right", found["nll_wrong"], "behind a wrong picture"), *rows]
         rows += [row("wrong_minus_right", 0.0, "a model that sees nothing"), row("blind_minus_right", 0.0, "the same")]
-        rows.append(row("retrieval_of_10", 0.1, "guessing"))
+        rows.append(row("retrieval_of_10", found["retrieval_by_guessing"], "guessing"))
         rows.append(row("picture_of_10", found["picture_by_guessing"], "guessing"))
         rows.append(row("greedy_exact"))
     return Table(name, rows)
@@ -224,13 +225,21 @@ def _composition(checkpoint: Path, data: Path | None, base: Path | None) -> Meas
         pages_asked = len(found.lines)
         rows = []
         if pages_asked:
-            stderr = float(found.lines.std() / pages_asked**0.5)
-            rows.append(Row("lines_f1", float(found.lines.mean()), stderr, float(found.evenly.mean()), "spread evenly", pages_asked))
+            rows.append(
+                Row(
+                    "lines_f1",
+                    float(found.lines.mean()),
+                    share_stderr(found.lines),
+                    float(found.evenly.mean()),
+                    "spread evenly",
+                    pages_asked,
+                )
+            )
             rows.append(_share("lines_as_asked", found.as_asked, None))
         rows += [
-            _share(name, hits, 1 / places.OPTIONS)
+            _share(name, np.asarray(hits.right), 1 / places.OPTIONS, hits.pages)
             for name, hits in (("caption_of_4", found.captions), ("picture_of_4", found.pictures))
-            if len(hits)
+            if hits.pages
         ]
         return [Table(data.name, rows, [f"{found.left_out} questions did not fit the context of {asked.context} tokens."])]
 
@@ -240,8 +249,8 @@ def _composition(checkpoint: Path, data: Path | None, base: Path | None) -> Meas
 _SUITES = {"captions": _captions, "text": _text, "choices": _choices, "composition": _composition}
 
 
-def _share(name: str, hits: np.ndarray, guess: float | None) -> Row:
-    return Row(name, float(hits.mean()), share_stderr(hits), guess, "guessing" if guess is not None else "", len(hits))
+def _share(name: str, hits: np.ndarray, guess: float | None, of: Sequence[str] | None = None) -> Row:
+    return Row(name, float(hits.mean()), share_stderr(hits, of), guess, "guessing" if guess is not None else "", len(hits))
 
 
 def _number(value: float | None) -> str:

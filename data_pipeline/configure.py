@@ -5,12 +5,14 @@ the cure. Knows no section: the schema is passed in.
 """
 
 import difflib
+import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
@@ -93,7 +95,7 @@ def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, DictCon
     if path.resolve() in seen:
         raise UserError(f"{path}: `base` leads back to itself (break the circle)")
     try:
-        layer = OmegaConf.load(path)
+        layer = _parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no such config: {path} (the repository's own are in configs/)") from None
     except (OSError, ValueError, OmegaConfBaseException) as error:
@@ -160,9 +162,36 @@ def _inner_dataclass(hint: Any) -> Any:
 
 def _parse_value(override: str, text: str) -> Any:
     try:
-        return OmegaConf.create(f"value: {text}").value
+        return _parse(f"value: {text}").value
     except Exception as error:  # noqa: BLE001  as for a file: yaml's own errors
         raise UserError(f"override {override!r}: {_one_line(error)} (quote the value)") from None
+
+
+def _parse(text: str) -> Any:
+    """YAML, in which 24:00:00 is a time: YAML 1.1 reads it as a number of base 60."""
+    clocks = [
+        (node.start_mark.index, node.end_mark.index) for node in _scalars(yaml.compose(text)) if ":" in node.value and _is_number(node)
+    ]
+    for start, end in reversed(clocks):
+        text = f'{text[:start]}"{text[start:end]}"{text[end:]}'
+    return OmegaConf.load(io.StringIO(text))
+
+
+def _scalars(node: yaml.Node | None) -> Iterator[yaml.ScalarNode]:
+    """In the order of the text."""
+    if isinstance(node, yaml.ScalarNode):
+        yield node
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _scalars(item)
+    elif isinstance(node, yaml.MappingNode):
+        for pair in node.value:
+            for item in pair:
+                yield from _scalars(item)
+
+
+def _is_number(node: yaml.ScalarNode) -> bool:
+    return node.style is None and node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 def _one_line(error: Exception) -> str:

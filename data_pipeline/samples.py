@@ -182,7 +182,7 @@ def _document(members: Mapping[str, bytes]) -> list[Element]:
         if (text is None) == (image is None):
             raise BadSample(f"json wrong: exactly one of texts[{i}] and images[{i}] must be null")
         if isinstance(text, str):
-            if not _is_unicode(text):
+            if not is_unicode(text):
                 raise BadSample(f"text is not Unicode: half a surrogate pair in texts[{i}]")
             if text.strip():
                 elements.append(TextElement(text))
@@ -234,7 +234,7 @@ def _turn(number: int, turn: Any) -> tuple[Role, str]:
     role = ROLES.get(turn["from"].lower())
     if role is None:
         raise BadSample(f"json wrong: conversations[{number}] is from {turn['from'][:40]!r}, not one of {', '.join(ROLES)}")
-    if not _is_unicode(turn["value"]):
+    if not is_unicode(turn["value"]):
         raise BadSample(f"text is not Unicode: half a surrogate pair in conversations[{number}]")
     return role, turn["value"].strip()
 
@@ -255,7 +255,8 @@ def _is_image(extension: str) -> bool:
     return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """False where a text has half a surrogate pair, which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError:

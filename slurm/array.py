@@ -35,6 +35,8 @@ def array(command: Sequence[str], tasks: int, options: Sequence[str], logs: Path
             f"{shlex.join(command)!r} cannot be an array (give xc-data {', '.join(COMMANDS[:-1])} or {COMMANDS[-1]} with its arguments, "
             "without --task, behind --)"
         )
+    if command[2].startswith("-"):
+        raise UserError(f"{shlex.join(command)!r}: {command[2]} comes too early (the source first, as the merge looks for it there)")
     if tasks < 1:
         raise UserError(f"--tasks {tasks} (give 1 or more)")
     for option in options:

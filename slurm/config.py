@@ -77,7 +77,7 @@ class SlurmConfig:
     env: dict[str, str] = field(default_factory=dict)
     """Environment variables of the job. Secrets do not belong here: sbatch passes on your shell's."""
     setup: list[str] = field(default_factory=list)
-    """Lines of shell that run first on the first node, as they are: the one place where the config is shell."""
+    """Lines of shell that run on the first node behind `modules` and `env`, as they are: the one place where the config is shell."""
     network: Network = Network.auto
     """auto, infiniband, efa or ethernet."""
     container: str | None = None

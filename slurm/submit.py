@@ -22,7 +22,7 @@ from train import configure
 from train.config import Config
 from train.run_dir import RunDir, read_json
 
-SECRET = re.compile(r"(?i)(key|token|secret|passw)")
+SECRET = re.compile(r"(?i)(key|token(?!izer)|secret|passw)")
 LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs")
 NAMES = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -149,14 +149,13 @@ def check(config: Config, settings: SlurmConfig, place: Place, earlier: Sequence
         )
     if not (place.cwd / config.data.tokenizer / "tokenizer.json").exists():
         raise UserError(f"data.tokenizer: no tokenizer.json in {place.cwd / config.data.tokenizer} (mend the path)")
-    if (
-        config.run.init_from
-        and config.run.init_from not in earlier
-        and not (place.cwd / config.run.init_from / "final" / "manifest.json").exists()
-    ):
-        raise UserError(
-            f"run.init_from: {config.run.init_from} is not finished (wait for its job, submit both with xc-slurm chain, or mend the path)"
-        )
+    if config.run.init_from and config.run.init_from not in earlier:
+        folder = place.cwd / config.run.init_from
+        if not any((folder / name).exists() for name in ("final/manifest.json", "config.json")):
+            raise UserError(
+                f"run.init_from: {config.run.init_from} is neither a finished run nor a folder of Hugging Face weights "
+                "(wait for its job, submit both with xc-slurm chain, or mend the path)"
+            )
     if (place.run / "config.yaml").exists():
         key = configure.shaping_difference(config, configure.read_resolved(place.run))
         if key:

@@ -86,7 +86,7 @@ _PLAN = """Prints what a stage trains, its steps, the FLOPs of a step, the memor
   xc-train plan configs/pretrain_7b.yaml --gpus 64 --gpu 80 --mfu 0.4
   xc-train plan configs/pretrain_7b.yaml deepspeed.stage=3 train.checkpointing.kind=full
 
-Steps and FLOPs come from the indexed data where it is there, else from full packs."""
+FLOPs come from the indexed data where it is there, else from full packs; steps and GPU-hours of a run in epochs need the index."""
 _EVALUATE = "Caption loss with the right image, a wrong one and none; retrieval among ten captions; greedy captions; text-only loss."
 _REPORT = "Collects metrics, stops, held-out figures and sample captions into one self-contained page."
 _EXPORT = """Writes weights as a Hugging Face directory with the names and config values of the released InternLM-XComposer2: safetensors

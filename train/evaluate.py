@@ -34,6 +34,7 @@ BATCH_TOKENS = 2048
 """Tokens of a batch of segments that are only scored."""
 GREEDY_BATCH = 64
 GREEDY_TOKENS = 16
+"""Tokens of a greedy caption; where it is compared, as many as the longest caption has, if those are more."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ class Scorer:
         chosen = self._retrieve(items, pixels)
         hits = np.asarray([c == item["answer"] for c, item in zip(chosen, items, strict=True)])
         found, guessed = self._pictures_of_captions(items, pixels)
-        greedy = self._greedy([pixels[item["key"]] for item in items])
+        longest = max(len(self.tokenizer.encode(caption)) for caption in captions)
+        greedy = self._greedy([pixels[item["key"]] for item in items], max(GREEDY_TOKENS, longest + 1))
         exact = np.asarray([g == self._normal(c) for g, c in zip(greedy, captions, strict=True)])
         # Differences by picture: their errors are far smaller than those of the losses, which differ by caption.
         sees = Scores(wrong.nll - right.nll, right.tokens)
@@ -108,6 +110,7 @@ class Scorer:
             "wrong_minus_right": sees.mean(),
             "blind_minus_right": helps.mean(),
             "retrieval_of_10": float(hits.mean()),
+            "retrieval_by_guessing": float(np.mean([1 / len(item["candidates"]) for item in items])),
             "picture_of_10": float(found.mean()),
             "picture_by_guessing": guessed,
             "greedy_exact": float(exact.mean()),
@@ -159,11 +162,14 @@ class Scorer:
         """The segments of a held-out plain-text source."""
         source = self._open("text", folder)
         reader = Materialiser([source], self.tokenizer, self.images, 0)
-        return [
-            Segment(render(elements, whole(elements), self.tokenizer, self.images.tokens), (), 0, int(row))
-            for row in source.kept(0, source.facts.kept)
-            for elements in [reader.elements(0, int(row))]
-        ]
+        segments = []
+        for row in map(int, source.kept(0, source.facts.kept)):
+            try:
+                elements = reader.elements(0, row)
+            except BadSample as bad:
+                raise UserError(f"{folder.absolute()}: {source.key(row)} cannot be read: {bad} (rebuild it)") from None
+            segments.append(Segment(render(elements, whole(elements), self.tokenizer, self.images.tokens), (), 0, row))
+        return segments
 
     def captions(self, name: str, folder: Path, most: int) -> dict[str, list[Segment]]:
         """Captions of at most so many pictures of a split: behind none, the right one and a wrong one; in stage language only none."""
@@ -182,7 +188,7 @@ class Scorer:
 
     def write(self, name: str, pictures: Sequence[tuple[dict[str, Any], Picture]]) -> list[Caption]:
         """The greedy captions of some pictures; a fixed number of steps, so that ranks stay together."""
-        written = self._greedy([picture for _, picture in pictures])
+        written = self._greedy([picture for _, picture in pictures], GREEDY_TOKENS)
         return [
             Caption(name, item["key"], item["caption"], words, picture.whole())
             for (item, picture), words in zip(pictures, written, strict=True)
@@ -248,11 +254,11 @@ class Scorer:
         parts = np.split(nll, np.cumsum(counts)[:-1])
         return np.asarray([options[part.argmin()][0] for part, options in zip(parts, shown, strict=True)]), float((1 / counts).mean())
 
-    def _greedy(self, pixels: list[Picture]) -> list[str]:
+    def _greedy(self, pixels: list[Picture], most: int) -> list[str]:
         captions = []
         for first in range(0, len(pixels), GREEDY_BATCH):
             part = pixels[first : first + GREEDY_BATCH]
-            captions += greedy_captions(self.model, part, self.tokenizer, GREEDY_TOKENS)
+            captions += greedy_captions(self.model, part, self.tokenizer, most)
         return captions
 
     def _normal(self, caption: str) -> str:

@@ -1,7 +1,7 @@
 """What curation compares of an element: a digest of an image's bytes or of a text's words, and a perceptual hash of an image's looks.
 
 Invariant: the same bytes have the same fingerprints on every machine; none of them enters the digest of an index, so that asking for
-perceptual hashes later changes no run.
+perceptual hashes later changes no run, unless pictures turn out not to decode, which is damage.
 """
 
 import hashlib

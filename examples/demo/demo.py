@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -60,10 +61,11 @@ def kill_a_rank(training: subprocess.Popen[bytes], run_dir: RunDir) -> bool:
     while training.poll() is None:
         beat = read_json(run_dir.heartbeat)
         if beat and beat["step"] >= KILL_AFTER_STEP:
-            ranks = [p for p in psutil.Process(training.pid).children() if str(run_dir.path) in p.cmdline()]
-            if ranks:
-                ranks[-1].kill()
-                return True
+            with suppress(psutil.NoSuchProcess):  # one that ends right now
+                ranks = [p for p in psutil.Process(training.pid).children() if str(run_dir.path) in p.cmdline()]
+                if ranks:
+                    ranks[-1].kill()
+                    return True
         time.sleep(0.1)
     return False
 

@@ -2,27 +2,27 @@
 
 Invariant: all arms see the same pairs in the same order for a seed, as often. An arm's learning rate is the one whose run of seed 0 has the
 lowest caption loss on the validation half; beside another part, the projector keeps the rate that it prefers alone. Figures are of the
-test half, which decides nothing. What a run reached is kept in its record, docs/plora_ablation/SEED/ARM-RATE.json; what a record holds is
-not trained or measured again: delete it for that.
+test half, which decides nothing. What a run reached is kept in its record, docs/plora_ablation/SEED/ARM-RATE.json; what a record
+holds, of the same learning rates, is not trained or measured again: delete it and the run directory for that.
 
     python examples/small/ablation.py 0 1 2                                 (25 trainings of ten minutes; goes on where it was stopped)
     python examples/small/ablation.py 0 1 2 --check docs/plora_ablation.md
 """
 
 import argparse
+import errno
 import json
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-from results import BIN, HELD_OUT, end_where_it_fails, exit_with, marked, printed
+from results import BIN, HELD_OUT, end_where_it_fails, exit_with, keep, marked, printed
 
 from train import configure
 from train.config import Config, EvaluateConfig
-from train.device import cpu_name
 from train.evaluate import Scorer
-from train.run_dir import RunDir, read_json, write_atomic, write_json
+from train.run_dir import RunDir, read_json, write_atomic
 from train.weights.opened import open_model
 
 RECORDS = Path("docs/plora_ablation")
@@ -105,30 +105,48 @@ def record_of(arm: str, rate: str, seed: int) -> Path:
 
 
 def recorded(arm: str, rate: str, seed: int) -> dict[str, Any]:
-    """What it holds."""
-    return json.loads(record_of(arm, rate, seed).read_text())
+    """What it holds; nothing if it is not there, or of other rates: the projector's may have been chosen anew since."""
+    found = read_json(record_of(arm, rate, seed)) or {}
+    return found if found.get("rates") == rates_of(config_of(arm, rate, seed)) else {}
 
 
-def keep(run: RunDir, record: Path, found: dict[str, Any]) -> None:
+def rates_of(config: Config) -> list[float]:
+    """The learning rates of what learns."""
+    return [config.train.lr * group.lr_scale for group in config.train.groups if group.trainable]
+
+
+def add(arm: str, rate: str, seed: int, run: RunDir, found: dict[str, Any]) -> None:
     """Adds to a record what was found of a run."""
-    record.parent.mkdir(parents=True, exist_ok=True)
-    write_json(record, (read_json(record) or {}) | {"minutes": run.lived_s() / 60, "processor": cpu_name()} | found)
+    known = recorded(arm, rate, seed)
+    always = {"rates": rates_of(config_of(arm, rate, seed)), "minutes": run.lived_s() / 60}
+    keep(record_of(arm, rate, seed), known | always | found)
 
 
 def tune(arm: str, rate: str, procs: str) -> None:
     """Trains with seed 0 and measures the validation captions, behind their pictures where the arm sees them."""
-    record = record_of(arm, rate, 0)
-    if "validation" not in (read_json(record) or {}):
+    if "validation" not in recorded(arm, rate, 0):
         run = train(arm, rate, 0, procs)
         opened = open_model(run.path)
         captions = Scorer(opened.model, opened.tokenizer, opened.config)
         segments = captions.captions("validation", HELD_OUT / "validation", sys.maxsize)["blind" if arm == "blind" else "right"]
-        keep(run, record, {"validation": captions.score(segments).mean()})
+        add(arm, rate, 0, run, {"validation": captions.score(segments).mean()})
 
 
 def tuned(arm: str, rate: str) -> float:
     """What the run of seed 0 reached on the validation half: nats a token."""
-    return float(recorded(arm, rate, 0)["validation"])
+    return float(asked_of(arm, rate, 0, "validation"))
+
+
+def asked_of(arm: str, rate: str, seed: int, key: str) -> Any:
+    """A part of a record.
+
+    Raises:
+        FileNotFoundError: it was not measured, or with other rates.
+    """
+    found = recorded(arm, rate, seed)
+    if key not in found:
+        raise FileNotFoundError(errno.ENOENT, f"no {key}", str(record_of(arm, rate, seed)))
+    return found[key]
 
 
 def best_rate(arm: str) -> str:
@@ -139,14 +157,14 @@ def best_rate(arm: str) -> str:
 def measure(arm: str, seed: int, procs: str) -> None:
     """Trains with the arm's learning rate, and measures the test half."""
     rate = best_rate(arm)
-    record = record_of(arm, rate, seed)
     for suite, data in SUITES.items():
-        if suite not in (read_json(record) or {}):
+        if suite not in recorded(arm, rate, seed):
             run = train(arm, rate, seed, procs)
             out = run.path / f"{suite}.json"
-            end_where_it_fails(BIN / "xc-compose", "eval", run.path, "--suite", suite, *data, "-o", out)
+            if not out.exists():
+                end_where_it_fails(BIN / "xc-compose", "eval", run.path, "--suite", suite, *data, "-o", out)
             rows = json.loads(out.read_text())["tables"][0]["rows"]
-            keep(run, record, {suite: {row["figure"]: row["value"] for row in rows}})
+            add(arm, rate, seed, run, {suite: {row["figure"]: row["value"] for row in rows}})
 
 
 def tuning_table() -> str:
@@ -163,10 +181,13 @@ def outcome_table(seeds: list[int]) -> str:
     """A row an arm: mean over seeds, and their standard deviation."""
     lines = [f"| | {' | '.join(COLUMNS.values())} | minutes |", "|---" * (len(COLUMNS) + 2) + "|"]
     for arm in RATES:
-        runs = [recorded(arm, best_rate(arm), seed) for seed in seeds]
+        rate = best_rate(arm)
         figures = OF_BLIND if arm == "blind" else {column: column[1] for column in COLUMNS}
-        cells = [_spread([run[column[0]][figures[column]] for run in runs]) if column in figures else "" for column in COLUMNS]
-        lines.append(f"| {arm} | {' | '.join(cells)} | {statistics.mean(run['minutes'] for run in runs):.1f} |")
+        cells = [
+            _spread([asked_of(arm, rate, seed, column[0])[figures[column]] for seed in seeds]) if column in figures else ""
+            for column in COLUMNS
+        ]
+        lines.append(f"| {arm} | {' | '.join(cells)} | {statistics.mean(asked_of(arm, rate, seed, 'minutes') for seed in seeds):.1f} |")
     return "\n".join(lines)
 
 

@@ -1,8 +1,9 @@
 """What SFT and the composition stage make of the small model behind a seed's pretraining: tables, answers and articles of docs/results.md.
 
-Invariant: nothing shown is picked by hand: pictures and pages are the first held out ones by SHA-256 of their names. Every figure is read
-from files of run directories into the record docs/results/stages.json, articles come with all their steps; where there is a record,
-nothing is trained. `--check` fails where the document says something else than the record.
+Invariant: nothing shown is picked by hand: pictures and pages are the first held out ones by SHA-256 of their names. Every figure is
+read from files of run directories into the record docs/results/stages.json; where there is one, nothing is trained: delete it and the
+stages' run directories to measure anew. `--check` fails where the document says something else than the record, or the record than
+run directories that are there.
 
     python examples/small/results.py 0
     python examples/small/later_stages.py                                 (an hour and a half on two quiet cores)
@@ -16,12 +17,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from results import BIN, HELD_OUT, RECORDS, RUNS, end_where_it_fails, exit_with, printed, sample_table, shown
+from results import BIN, HELD_OUT, RECORDS, RUNS, end_where_it_fails, exit_with, keep, printed, record_of, sample_table, shown
 
 from compose import places
+from data_pipeline.errors import UserError
 from train import configure
-from train.device import cpu_name
-from train.run_dir import RunDir, write_atomic, write_json
+from train.run_dir import RunDir, write_atomic
 
 RECORD = RECORDS / "stages.json"
 SEED = RUNS / "0"
@@ -60,7 +61,7 @@ def main() -> int:
         for stage in BEGINS_FROM:
             train(stage, arguments.procs)
         measure()
-        write_json(RECORD, {"processor": cpu_name(), **measured()})
+        keep(RECORD, measured())
     record = json.loads(RECORD.read_text())
     if all(article_of(number).exists() for number in range(ARTICLES)) and record != record | measured():
         print(f"error: {RECORD} does not say what {SEED} says (delete it to have it written anew)", file=sys.stderr)
@@ -70,8 +71,11 @@ def main() -> int:
 
 def train(stage: str, procs: str) -> None:
     """Trains what has not ended yet; what was interrupted goes on. Of held-out pairs only the test half is measured, behind SFT."""
-    run = SEED / stage
-    always = [f"run.dir={run}", f"run.init_from={SEED / BEGINS_FROM[stage]}", "track.wandb=false"]
+    run, before = SEED / stage, RunDir(SEED / BEGINS_FROM[stage])
+    if not before.final.exists():
+        record = record_of(int(SEED.name))
+        raise UserError(f"{before.path} holds no finished run (train it: python examples/small/results.py {SEED.name}, without {record})")
+    always = [f"run.dir={run}", f"run.init_from={before.path}", "track.wandb=false"]
     config = configure.load(Path(f"configs/small/{stage}.yaml"), always)
     config.evaluate.splits = {"test": str(HELD_OUT / "test")} if stage == "sft" else {}
     config.evaluate.text = None
@@ -91,6 +95,7 @@ def measure() -> None:
     pages = sorted(places.read(PAGES), key=lambda page: hashlib.sha256(page.name.encode()).digest())
     for number, page in enumerate(pages[:ARTICLES]):
         if not article_of(number).exists():
+            article_of(number).with_suffix(".json").unlink(missing_ok=True)  # of one that was cut off
             asked = ("--instruction", f"Explain: {page.title}", "--collection", COLLECTION, "-o", article_of(number))
             end_where_it_fails(BIN / "xc-compose", "article", SEED / "compose", *asked)
 
@@ -117,14 +122,9 @@ def measured() -> dict[str, Any]:
             found[stage][suite] = {row["figure"]: [row["value"], row["stderr"], row["beside"]] for row in rows}
         found[stage]["minutes"] = RunDir(SEED / stage).lived_s() / 60
     written = [json.loads(article_of(number).with_suffix(".json").read_text()) for number in range(ARTICLES)]
-    kept = [{**{key: article[key] for key in ("instruction", "article")}, "remarks": remarks(article)} for article in written]
+    kept = [{key: article[key] for key in ("instruction", "article", "steps")} for article in written]
     samples = json.loads(RunDir(SEED / "sft").evaluation.read_text())["splits"]["test"]["samples"]
     return {"figures": found, "samples": shown(samples), "articles": kept}
-
-
-def remarks(article: dict[str, Any]) -> list[str]:
-    """By step: the rule that took the place of an answer; empty where the model's answer was used."""
-    return [f"{step['step']}: {step['fallback'] or ''}" for step in article["steps"]]
 
 
 def figures(record: dict[str, Any]) -> str:
@@ -143,12 +143,20 @@ def figures(record: dict[str, Any]) -> str:
 
 
 def articles(record: dict[str, Any]) -> str:
-    """A row an article: what was asked, how it begins, its pictures' captions, and the steps whose answer was not what was asked for."""
-    lines = ["| asked | title written | first paragraph | captions of its pictures | steps that a rule answered |", "|---|---|---|---|---|"]
+    """A row an article: what was asked, how it begins, its pictures' captions, and how many of the model's answers carry a remark, as a
+    rule that they were not in the form asked for.
+    """
+    lines = ["| asked | title written | first paragraph | captions of its pictures | answers with a remark |", "|---|---|---|---|---|"]
     for made in record["articles"]:
-        text, replaced = made["article"], [remark for remark in made["remarks"] if not remark.endswith(": ")]
+        text, answers = made["article"], [step for step in made["steps"] if step["step"] != "retrieve"]
         pictures = "; ".join(picture["caption"] for picture in text["pictures"])
-        cells = (made["instruction"], text["title"], text["lines"][0], pictures, f"{len(replaced)} of {len(made['remarks'])}")
+        cells = (
+            made["instruction"],
+            text["title"],
+            text["lines"][0],
+            pictures,
+            f"{sum(step['fallback'] is not None for step in answers)} of {len(answers)}",
+        )
         lines.append(f"| {' | '.join(cell.replace('|', '/').replace(chr(10), ' ') for cell in cells)} |")
     return "\n".join(lines)
 

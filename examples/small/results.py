@@ -1,8 +1,9 @@
 """The small model's figures over several seeds: trains and measures what is missing, and prints the tables of docs/results.md.
 
-Invariant: a seed changes weights, data order, augmentation and dropout; data, splits and settings stay. Every figure is read from files of
-a run directory into the seed's record, docs/results/seed-N.json. A seed that has one is not trained again: delete it to measure anew.
-`--check` fails where the document says something else than the records, or a record than a run directory that is there.
+Invariant: a seed changes weights, data order, augmentation and dropout; data, splits and settings stay. Every figure is read from files
+of run directories into the seed's record, docs/results/seed-N.json. A seed that has one is not trained again: delete it and the run
+directories to measure anew. `--check` fails where the document says something else than the records, or a record than run directories
+that are there.
 
     make small-data
     python examples/small/results.py 0 1 2                          (an hour a seed on two quiet cores)
@@ -11,15 +12,18 @@ a run directory into the seed's record, docs/results/seed-N.json. A seed that ha
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from captions import category_of
 
+from data_pipeline.command_line import command_line
+from data_pipeline.errors import UserError
 from train.device import cpu_name
 from train.run_dir import RunDir, write_json
 
@@ -51,9 +55,8 @@ def main() -> int:
     for seed in arguments.seeds:
         if arguments.check is None and not record_of(seed).exists():
             train(seed, arguments.procs)
-            RECORDS.mkdir(parents=True, exist_ok=True)
-            write_json(record_of(seed), {"processor": cpu_name(), **measured(seed)})
-        if RunDir(RUNS / str(seed) / "pretrain").outcome.exists() and recorded(seed) != recorded(seed) | measured(seed):
+            keep(record_of(seed), measured(seed))
+        if all(file.exists() for file in files_of(seed)) and recorded(seed) != recorded(seed) | measured(seed):
             print(
                 f"error: {record_of(seed)} does not say what {RUNS / str(seed)} says (delete it to have it written anew)", file=sys.stderr
             )
@@ -71,27 +74,37 @@ def recorded(seed: int) -> dict[str, Any]:
     return json.loads(record_of(seed).read_text())
 
 
-def printed(tables: Iterable[str], document: Path | None) -> int:
-    """Prints tables; 1 if there is a document that does not hold one of them, else 0."""
-    said = document.read_text() if document else ""
-    for table in tables:
-        print(f"\n{table}")
-        if document and table not in said:
-            print(f"error: {document} does not hold this table (put it there)", file=sys.stderr)
-            return 1
-    return 0
+def keep(record: Path, found: dict[str, Any]) -> None:
+    """Writes a record, with the processor that this is."""
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_json(record, {"processor": cpu_name(), **found})
+
+
+def printed(tables: Sequence[str], document: Path | None) -> int:
+    """Prints tables; 1 if there is a document that does not hold them all, line for line and nothing behind them, else 0."""
+    print("\n" + "\n\n".join(tables))
+    if document is None:
+        return 0
+    if not document.exists():
+        raise UserError(f"no document {document} (mend the path)")
+    held = re.findall(r"(?:^\|.*\n?)+", document.read_text(), re.M)
+    missing = [table for table in tables if table not in [block.rstrip("\n") for block in held]]
+    for table in missing:
+        print(f"error: {document} does not hold the table that begins {table.splitlines()[0]} (put it there)", file=sys.stderr)
+    return 1 if missing else 0
 
 
 def exit_with(program: Callable[[], int]) -> None:
-    """Ends the process with the program's exit code; a file that is not there is said in one line."""
-    try:
-        sys.exit(program())
-    except FileNotFoundError as error:
-        print(
-            f"error: no {error.filename} (without --check the same command makes and measures what is missing, behind make small-data)",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+    """Ends the process with the program's exit code; what is missing is said in one line."""
+
+    def run() -> int:
+        try:
+            return program()
+        except FileNotFoundError as error:
+            cure = "without --check the same command makes and measures what is missing, behind make small-data"
+            raise UserError(f"no {error.filename} ({cure})") from None
+
+    sys.exit(command_line(run))
 
 
 def end_where_it_fails(*command: str | Path) -> None:
@@ -111,10 +124,16 @@ def train(seed: int, procs: str) -> None:
         run = RUNS / str(seed) / stage
         overrides = [f"run.seed={seed}", f"run.dir={run}", "track.wandb=false"]
         end_where_it_fails(BIN / "xc-train", "run", f"configs/small/{stage}.yaml", "--procs", procs, *overrides)
-    for out, suite in (("text.json", ["text"]), ("alike.json", ["captions", "--data", ALIKE])):
-        file = RUNS / str(seed) / "pretrain" / out
+    *_, text, alike = files_of(seed)
+    for file, suite in ((text, ["text"]), (alike, ["captions", "--data", ALIKE])):
         if not file.exists():
             end_where_it_fails(BIN / "xc-compose", "eval", file.parent, "--suite", *suite, "-o", file)
+
+
+def files_of(seed: int) -> list[Path]:
+    """What a seed's figures are read from."""
+    blind, pretrain = (RunDir(RUNS / str(seed) / stage) for stage in STAGES)
+    return [blind.evaluation, pretrain.evaluation, pretrain.path / "text.json", pretrain.path / "alike.json"]
 
 
 def figures(seeds: list[int]) -> str:
@@ -151,8 +170,9 @@ def bar(name: str, means: dict[str, float]) -> str:
 def measured(seed: int) -> dict[str, Any]:
     """What the files of a seed's run directories say: each figure with its standard error over concepts, or words; samples."""
     blind, pretrain = (RunDir(RUNS / str(seed) / stage) for stage in STAGES)
-    seeing, control = (json.loads(run.evaluation.read_text())["splits"]["test"] for run in (pretrain, blind))
-    text, alike = (json.loads((pretrain.path / f"{name}.json").read_text())["tables"][0] for name in ("text", "alike"))
+    of_blind, of_pretrain, of_text, of_alike = (json.loads(file.read_text()) for file in files_of(seed))
+    seeing, control = of_pretrain["splits"]["test"], of_blind["splits"]["test"]
+    text, alike = of_text["tables"][0], of_alike["tables"][0]
     among_alike = {row["figure"]: [row["value"], row["stderr"]] for row in alike["rows"]}
     found: dict[str, str | list[float | None]] = {words: [seeing[f], seeing["stderr"][f]] for f, words in FIGURES.items()}
     found["caption among ten, by guessing among those of the right category"] = [category_alone(HELD_OUT / "test"), None]

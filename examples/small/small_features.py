@@ -25,7 +25,7 @@ MEAN, STD = "features.mean", "features.std"
 
 def main() -> int:
     """Returns the exit code."""
-    config = configure.load(CONFIG, ["model.projector.standardise=false"])
+    config = configure.load(CONFIG, ["model.projector.standardise=false", "train.precision=fp32"])
     file = Path(str(config.model.vision.weights)) / "model.safetensors"
     tensors = load_file(file)
     opened = first_weights(config)

@@ -256,6 +256,8 @@ def test_what_cannot_be_written_is_refused_in_one_line_and_leaves_nothing(demo, 
     assert "is no collection" in refused(*out, "--collection", tmp_path)
     assert "is no run directory" in refused(*out, model=tmp_path)
     assert "no folder" in refused("-o", tmp_path / "no" / "a.html")
+    assert "is a folder (give the page's name" in refused("-o", "/")
+    assert "is not Unicode" in refused(*out, instruction="half \ud83d")
     assert not list(tmp_path.iterdir())
     gone = tmp_path / "gone.png"
     Image.new("RGB", (9, 9)).save(gone)

@@ -12,11 +12,12 @@ from finished_run import write_run
 from PIL import Image
 
 from compose import chat
-from compose.assistant import Assistant, Said, Turn, _elements, load
+from compose.assistant import Assistant, Said, Turn, _elements, ask, load
 from compose.cli import main
 from compose.pictures import Picture
+from compose.prompts import Placed, choose
 from data_pipeline.errors import UserError
-from data_pipeline.samples import Kind, Role, parse
+from data_pipeline.samples import Kind, Role, TextElement, parse
 from data_pipeline.text.templates import render, whole
 from train.generate import GREEDY, generate
 
@@ -53,6 +54,22 @@ def test_a_prompt_is_what_training_shows_before_the_answer(assistant, picture):
     assert trained.supervised[length:].all(), "what follows is the answer and its end"
 
 
+def test_a_question_of_composition_is_what_training_shows(assistant, picture):
+    """Its parts are many; training encodes what stands between two pictures at once."""
+    pictures = [Picture(str(i), picture.read_bytes()) for i in range(4)]
+    placed = [Placed("A line. "), Placed("  Another", [(pictures[0], "words")])]
+    parts = choose("A title", placed, "a caption", pictures)
+    words = "".join("<ImageHere>" if isinstance(part, Picture) else part for part in parts)
+    sample = {"conversations": [{"from": "user", "value": words}, {"from": "assistant", "value": "A"}]}
+    members = {"json": json.dumps(sample).encode(), **{f"{i}.png": picture.read_bytes() for i in range(5)}}
+    elements = parse(Kind.conversation, members)
+    assert (
+        assistant.spoken(ask(*parts), " A\n").rendered.ids.tolist()
+        == render(elements, whole(elements), assistant.tokenizer, 1).ids.tolist()
+    )
+    assert [e for e in _elements(ask(*parts)) if isinstance(e, TextElement)] == [e for e in elements[:-2] if isinstance(e, TextElement)]
+
+
 def test_paths_in_a_line_are_pictures_in_their_places(picture, tmp_path):
     plain = tmp_path / "B.JPG"
     Image.new("RGB", (8, 8)).save(plain)
@@ -60,6 +77,8 @@ def test_paths_in_a_line_are_pictures_in_their_places(picture, tmp_path):
     assert [p if isinstance(p, str) else p.name for p in parts] == ["first ", picture.name, " then ", "B.JPG", "? see a.txt and page.pngs"]
     with pytest.raises(UserError, match=r"no picture at .*/gone\.webp: No such file or directory \(check the path\)"):
         chat.parts("what is gone.webp")
+    with pytest.raises(UserError, match=r"no picture at .*~nobody-here\.png"):
+        chat.parts("what is ~nobody-here.png")
     (tmp_path / "broken.png").write_bytes(plain.read_bytes()[:40])
     with pytest.raises(UserError, match="does not decode as a picture"):
         chat.parts(f"what is {tmp_path}/broken.png")

@@ -49,6 +49,10 @@ def test_a_folder_gives_captions_beside_pictures_and_out_of_names(tmp_path):
     found = Collection(tmp_path / "c")
     assert {e.caption for e in found.search("x", 9)} == {"old red barn2", "A sailing boat on a lake", "copy Of Barn"}
     assert found.retrieve("ship at sea", 1, set())[0].caption == "A sailing boat on a lake"
+    whole = (folder / "copyOfBarn.webp").read_bytes()
+    (folder / "copyOfBarn.webp").write_bytes(whole[: len(whole) // 2])  # its header is whole
+    assert {p.caption for p in found.retrieve("a barn", 4, set())} == {"old red barn2", "A sailing boat on a lake"}, "no broken picture"
+    (folder / "copyOfBarn.webp").write_bytes(whole)
     (folder / "deep" / "IMG_1.JPG").unlink()
     assert len(found.retrieve("ship at sea", 4, set())) == 2, "a picture that is gone is passed over"
     (folder / "copyOfBarn.webp").unlink()
@@ -84,6 +88,17 @@ def test_what_is_no_collection_or_gives_none_is_refused_and_leaves_nothing(demo,
     (tmp_path / "moved").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"its pictures lay in .*moved, which is gone"):
         Collection(tmp_path / "c")
+
+
+def test_a_source_that_was_indexed_anew_is_refused_since_its_rows_are_others(demo, xc_data, tmp_path, capsys):
+    source = tmp_path / "source"
+    shutil.copytree(demo.source("heldout/unseen_picture/test"), source)
+    build(source, tmp_path / "c")
+    assert Collection(tmp_path / "c").retrieve("the sun", 1, set())
+    shutil.copy(next(iter(demo.source("pairs").glob("*.tar"))), source / "zzz.tar")
+    assert xc_data("index", source, "--tokenizer", demo.tokenizer) == xc_data("merge", source) == 0
+    with pytest.raises(UserError, match=r"was indexed anew since, with other rows \(build it anew\)"):
+        Collection(tmp_path / "c").require_pictures()
 
 
 @pytest.mark.parametrize("part", [".", "data", "_versions"])

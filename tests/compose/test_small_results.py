@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from train.run_dir import read_json
-
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 @pytest.fixture(autouse=True)
 def examples(monkeypatch, tmp_path) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES / "small"))
+    import ablation
+
+    monkeypatch.setattr(ablation, "CONFIGS", EXAMPLES.parent / "configs" / "small" / "ablation")
     monkeypatch.chdir(tmp_path)
 
 
@@ -44,7 +45,6 @@ def write_seed(seed: int) -> None:
     write(RUNS / str(seed) / "pretrain" / "text.json", {"tables": [{"notes": ["Logits are the same."]}]})
     rows = [{"figure": f, "value": 0.3, "stderr": 0.02} for f in ("retrieval_of_10", "picture_of_10")]
     write(RUNS / str(seed) / "pretrain" / "alike.json", {"tables": [{"rows": rows}]})
-    write(RUNS / str(seed) / "pretrain" / "outcome.json", {})
     write(record_of(seed), {"processor": "a processor", **measured(seed)})
 
 
@@ -73,7 +73,11 @@ def test_the_check_of_results_fails_where_the_document_says_something_else(monke
     assert "| trained on | a processor | a processor | | |" in said
     document.write_text(said.replace("0.510", "0.610"))
     assert check(monkeypatch, results, document) == 1
-    assert "does not hold this table" in capsys.readouterr().err
+    assert "does not hold the table that begins | | seed 0" in capsys.readouterr().err
+    document.write_text(said.replace("| trained on", "| of an older run | 1 | 2 | **1.5** | |\n| trained on"))
+    assert check(monkeypatch, results, document) == 1, "a line that the table does not have"
+    document.write_text(said + "| k/2 | an older | row | there |\n")
+    assert check(monkeypatch, results, document) == 1, "a line behind it"
     document.write_text(said)
     lived(results.RUNS / "1" / "pretrain", 660)
     assert check(monkeypatch, results, document) == 1
@@ -94,7 +98,7 @@ def test_the_check_of_stages_fails_where_the_document_or_a_run_says_something_el
         for suite in stages.SUITES:
             rows = [{"figure": f, "value": 0.4, "stderr": 0.1, "beside": 0.25} for of, f in stages.ROWS if of == suite]
             write(stages.tables_of(stage, suite), {"tables": [{"rows": rows}]})
-    steps = [{"step": "write", "fallback": None}, {"step": "choose lines", "fallback": "not marks"}]
+    steps = [{"step": "write", "fallback": None}, {"step": "choose lines", "fallback": "not marks"}, {"step": "retrieve", "fallback": "no"}]
     for number in range(stages.ARTICLES):
         text = {"title": f"T {number}", "lines": ["One.", "Two."], "pictures": [{"caption": "C"}]}
         write(stages.article_of(number).with_suffix(".json"), {"instruction": "Explain: T", "article": text, "steps": steps})
@@ -118,17 +122,24 @@ def test_the_check_of_stages_fails_where_the_document_or_a_run_says_something_el
     assert checked(said) == 1 and "does not say what" in capsys.readouterr().err
 
 
+def write_record(arm: str, rate: str, seed: int, **found: object) -> None:
+    """More of what a run of the ablation reached."""
+    import ablation
+
+    rates = ablation.rates_of(ablation.config_of(arm, rate, seed))
+    write(ablation.record_of(arm, rate, seed), {"rates": rates, **ablation.recorded(arm, rate, seed), **found})
+
+
 def test_an_arm_of_the_ablation_takes_the_rate_that_validation_prefers(monkeypatch, tmp_path):
     import ablation
 
     for arm, rates in ablation.RATES.items():
         for number, rate in enumerate(rates):
-            write(ablation.record_of(arm, rate, 0), {"validation": 4.0 + abs(number - (0 if arm == "lora" else 1))})
+            write_record(arm, rate, 0, validation=4.0 + abs(number - (0 if arm == "lora" else 1)))
         figures = ablation.OF_BLIND if arm == "blind" else {column: column[1] for column in ablation.COLUMNS}
         for seed in (0, 1):
-            record = ablation.record_of(arm, ablation.best_rate(arm), seed)
             found = {suite: {figure: 0.5 + seed for (of, _), figure in figures.items() if of == suite} for suite in ablation.SUITES}
-            write(record, (read_json(record) or {}) | {"minutes": 10.0, **found})
+            write_record(arm, ablation.best_rate(arm), seed, minutes=10.0, **found)
     chosen = {arm: rates[0 if arm == "lora" else 1] for arm, rates in ablation.RATES.items()}
     assert {arm: ablation.best_rate(arm) for arm in ablation.RATES} == chosen
     assert "| lora | **1e-4: 4.000** · 3e-4: 5.000 · 1e-3: 6.000 | at an end |" in ablation.tuning_table()
@@ -140,15 +151,19 @@ def test_an_arm_of_the_ablation_takes_the_rate_that_validation_prefers(monkeypat
     assert "| blind | 1.000 ± 0.707 |  |  |  |  | 1.000 ± 0.707 | 10.0 |" in said
     document.write_text(said.replace("0.707", "0.0"))
     assert check(monkeypatch, ablation, document) == 1
+    document.write_text(said)
+    monkeypatch.setitem(ablation.RATES, "projector", ("2e-3",))
+    write_record("projector", "2e-3", 0, validation=1.0)
+    with pytest.raises(FileNotFoundError):  # PLoRA was trained beside a projector of another rate
+        check(monkeypatch, ablation, document)
 
 
 def test_beside_another_part_the_projector_keeps_the_rate_that_it_prefers_alone(monkeypatch):
     import ablation
 
-    monkeypatch.setattr(ablation, "CONFIGS", EXAMPLES.parent / "configs" / "small" / "ablation")
     for arm, rates in ablation.RATES.items():
         for number, rate in enumerate(rates):
-            write(ablation.record_of(arm, rate, 0), {"validation": 4.0 - number})
+            write_record(arm, rate, 0, validation=4.0 - number)
     rates = {}
     for arm, (first, *_) in ablation.RATES.items():
         config = ablation.config_of(arm, first, 1)

@@ -78,12 +78,14 @@ def test_both_layouts_are_read_and_the_likeliest_letter_is_judged(assistant, run
         {**mmbench, "category": "colour", "image": base64.b64encode(make_image()).decode()},
         {**mmbench, "category": "colour", "image": "red.png", "answer": "B"},
         {**mmbench, "index": 8, "category": "again", "image": "7"},
+        {**mmbench, "category": "other", "image": base64.b64encode(make_image(colour="blue")).decode()},
         {"question_id": "s1", "question_type_id": 3, "question": "Which?", "choice_a": "a", "choice_b": "b", "choice_c": "c"}
         | {"choice_d": "d", "answer": "D", "data_id": "red.png", "data_type": "image"},
     ]
     file = tmp_path / "questions.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    first, second, again, third = choices.read(file)
+    first, second, again, other, third = choices.read(file)
+    assert other.parts[0].data == make_image(colour="blue"), "a row's own picture, whatever another row of its index shows"
     picture, words = first.parts
     assert (
         isinstance(picture, Picture) and picture.data == make_image() == second.parts[0].data == third.parts[0].data == again.parts[0].data
@@ -101,7 +103,7 @@ def test_both_layouts_are_read_and_the_likeliest_letter_is_judged(assistant, run
     by_name = {row["figure"]: row for row in table["rows"]}
     assert by_name["colour"]["value"] == 0.5, "one question, asked with either answer"
     assert suites.run("choices", run_dir, file, None).tables[0].rows[0].value == by_name["all"]["value"]
-    assert by_name["all"]["beside"] == pytest.approx((3 / 2 + 1 / 4) / 4)
+    assert by_name["all"]["beside"] == pytest.approx((4 / 2 + 1 / 4) / 5)
     assert (a > b) == (assistant.likeliest(ask(*first.parts), "AB") == 0)
     assert said.startswith((tmp_path / "out.md").read_text())
     assert "out.json exists" in refused(capsys, run_dir, "--suite", "choices", "--data", file, "-o", tmp_path / "out.json")
@@ -115,7 +117,7 @@ def test_seed_bench_names_its_pictures_without_an_extension(run_dir, tmp_path, c
     file.write_text(json.dumps({**row, "data_id": "1454426_2591111986"}))
     (question,) = choices.read(file)
     assert question.parts[0].data == make_image()
-    for wrong, said in (("1_2", r"no picture at .*/1_2: No such file"), (["a", "b"], r"line 1: its data_id, \['a', 'b'\], is no name")):
+    for wrong, said in (("1_2", r"no picture at .*/1_2: No such file"), (["a", "b"], r"line 1: its data_id, \['a', 'b'\], is no text")):
         file.write_text(json.dumps({**row, "data_id": wrong}))
         assert re.search(said, refused(capsys, run_dir, "--suite", "choices", "--data", file))
 
@@ -129,6 +131,8 @@ def test_seed_bench_names_its_pictures_without_an_extension(run_dir, tmp_path, c
         ({"image": "%%%"}, "neither base64 nor the name of a file"),
         ({"image": base64.b64encode(b"no picture").decode()}, "does not decode as a picture"),
         ({"data_type": "video"}, "it is about a video"),
+        ({"image": 7}, "its image, 7, is no text"),
+        ({"question": "half \ud83d"}, "half a surrogate pair"),
     ],
 )
 def test_a_line_that_is_no_question_is_named(run_dir, tmp_path, capsys, change, what):
@@ -255,9 +259,10 @@ def test_what_the_author_did_is_right(assistant, documents, right, expected):
     pages = places.read(documents)
     knowing = Knowing(assistant, right)
     found = places.measure(knowing, knowing, pages)
-    assert len(found.lines) == len(found.captions) == len(found.pictures) == len(COLOURS)
-    for figures in (found.lines, found.captions, found.pictures):
-        assert figures.mean() == expected
+    assert len(found.lines) == len(found.captions.right) == len(found.pictures.right) == len(COLOURS)
+    for figures in (found.lines, found.captions.right, found.pictures.right):
+        assert np.mean(figures) == expected
+    assert found.captions.pages == found.pictures.pages == [page.name for page in pages], "errors are those of pages"
     assert found.evenly.mean() == pytest.approx(0.5), "lines 0 and 2 of three"
     assert found.left_out == 0
 
@@ -266,7 +271,7 @@ def test_a_question_that_does_not_fit_is_counted_and_not_asked(assistant, docume
     pages = places.read(documents)
     short = Knowing(assistant, True, context=90)
     found = places.measure(short, short, pages)
-    assert (len(found.lines), len(found.captions), len(found.pictures), found.left_out) == (0, 8, 8, 8)
+    assert (len(found.lines), len(found.captions.right), len(found.pictures.right), found.left_out) == (0, 8, 8, 8)
     longer = Knowing(assistant, True, context=150)
     assert places.measure(longer, longer, pages).left_out == 0, "of a long line a part is shown"
     assert longer.length(ask(*prompts.choose_lines(pages[0].lines, 2))) > 150
@@ -296,6 +301,16 @@ def test_documents_that_leave_too_little_to_choose_among_are_refused(demo, xc_da
     else:
         error = refused(capsys, tmp_path / "no model", "--suite", "composition", "--data", tmp_path)
         assert "too few documents have another picture with another caption than page" in error
+
+
+def test_a_page_with_a_figure_that_does_not_decode_is_named_before_a_model_is_loaded(demo, xc_data, tmp_path, capsys):
+    cut = make_image()[:-20]  # its header is whole, so that the index takes it
+    pages = [[f"About {n}", "a line", cut if n == 2 else make_image(), f"All {n}"] for n in range(4)]
+    write_tar(tmp_path / "a.tar", [member for n, page in enumerate(pages) for member in make_document(f"page{n}", page)])
+    assert xc_data("index", tmp_path, "--tokenizer", demo.tokenizer) == xc_data("merge", tmp_path) == 0
+    capsys.readouterr()
+    error = refused(capsys, tmp_path / "no model", "--suite", "composition", "--data", tmp_path)
+    assert "page2 cannot be read" in error and error.count("\n") == 1
 
 
 def test_an_answer_is_scored_where_training_supervises_it(assistant):

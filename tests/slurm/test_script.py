@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slurm.config import Network, SlurmConfig
+from slurm.config import Network, SlurmConfig, load
 from slurm.script import Place, render
 
 GOLDEN = Path(__file__).parent / "job.golden.sbatch"
@@ -60,3 +60,16 @@ def test_no_value_can_become_shell(name, value, folder, option):
 @pytest.mark.parametrize(("written", "seconds"), [("90", 5400), ("1:30", 90), ("12:00:00", 43200), ("2-00", 172800), ("1-2:03:04", 93784)])
 def test_a_time_limit_is_read_as_sbatch_reads_it(written, seconds):
     assert SlurmConfig(time=written).time_s == seconds
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"), [("24:00:00", 86400), ('"24:00:00"', 86400), ("1:30", 90), ("90", 5400), ("2-00:00:00", 172800)]
+)
+def test_a_time_limit_in_yaml_or_on_the_command_line_needs_no_quotes(tmp_path, written, seconds):
+    """YAML 1.1 reads 24:00:00 as the number 86400, which as a time limit would be 60 days."""
+    file = tmp_path / "stage.yaml"
+    file.write_text(f"run: {{name: x}}\nslurm:\n  time: {written}  # of one life\n  env: {{AT: {written}}}\n  exclude: [a, {written}]\n")
+    assert load(file).time_s == seconds
+    assert load(file).env["AT"] == load(file).exclude[1] == written.strip('"')
+    file.write_text("run: {name: x}\n")
+    assert load(file, [f"slurm.time={written}"]).time_s == seconds

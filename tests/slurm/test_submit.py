@@ -22,6 +22,7 @@ from slurm.cli import main
         ("slurm.time=soon", "slurm.time"),
         ("slurm.warn=5000", "slurm.warn"),
         ("slurm.env={HF_TOKEN: x}", "slurm.env.HF_TOKEN"),
+        ("slurm.env={TOKENIZERS_PARALLELISM: x, HF_TOKENS: y}", "slurm.env.HF_TOKENS"),
         ("slurm.env={a b: x}", "slurm.env"),
         ("slurm.sbatch=[rm]", "slurm.sbatch"),
         ("run.dir=/dev/shm/run", "run.dir"),

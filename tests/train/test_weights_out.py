@@ -114,7 +114,9 @@ def test_the_folder_says_what_engines_and_people_need(config, tmp_path):
     from transformers import PreTrainedTokenizerFast
 
     run = finished(config, tmp_path / "run")
-    run.metrics.write_text(json.dumps({"step": 7, "loss/train": 1.5, "loss/pairs": 1.25, "data/tokens": 12345, "data/images": 67}) + "\n")
+    run.metrics.write_text(
+        json.dumps({"step": 7, "loss/train": 1.5, "loss_by_source/pairs": 1.25, "data/tokens": 12345, "data/images": 67}) + "\n"
+    )
     split = {"pictures": 200, "nll_right": 1.1, "retrieval_of_10": 0.65, "stderr": {}}
     measured = {"weights": final.digest(run.path), "splits": {"unseen": split}, "text": {"nll": 2.5, "tokens": 9}}
     run.evaluation.write_text(json.dumps(measured))

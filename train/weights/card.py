@@ -24,7 +24,7 @@ def text(config: Config, step: int, last: dict[str, Any], evaluation: dict[str, 
     """
     decoder, images = config.model.decoder, config.data.images
     began = config.run.init_from or ", ".join(w for w in (decoder.weights, config.model.vision.weights) if w) or "fresh weights"
-    sources = [[name, source.weight, _at(last, f"loss/{name}")] for name, source in config.data.sources.items()]
+    sources = [[name, source.weight, _at(last, f"loss_by_source/{name}")] for name, source in config.data.sources.items()]
     lines = [
         "---",
         "library_name: transformers",
