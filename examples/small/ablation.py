@@ -81,11 +81,9 @@ def config_of(arm: str, rate: str, seed: int) -> Config:
     always = [f"run.dir={run_of(arm, rate, seed).path}", f"run.seed={seed}", "track.wandb=false"]
     config = configure.load(CONFIGS / f"{arm}.yaml", always)
     config.evaluate = EvaluateConfig()
-    if arm in ALONE:
-        config.train.lr = float(rate)
-    else:
-        config.train.lr = float(best_rate("projector"))
-        config.train.groups[1].lr_scale = float(rate) / config.train.lr
+    config.train.lr, *beside = rates_of(arm, rate)
+    for own in beside:
+        config.train.groups[1].lr_scale = own / config.train.lr
     return config
 
 
@@ -107,18 +105,18 @@ def record_of(arm: str, rate: str, seed: int) -> Path:
 def recorded(arm: str, rate: str, seed: int) -> dict[str, Any]:
     """What it holds; nothing if it is not there, or of other rates: the projector's may have been chosen anew since."""
     found = read_json(record_of(arm, rate, seed)) or {}
-    return found if found.get("rates") == rates_of(config_of(arm, rate, seed)) else {}
+    return found if found.get("rates") == rates_of(arm, rate) else {}
 
 
-def rates_of(config: Config) -> list[float]:
+def rates_of(arm: str, rate: str) -> list[float]:
     """The learning rates of what learns."""
-    return [config.train.lr * group.lr_scale for group in config.train.groups if group.trainable]
+    return [float(rate)] if arm in ALONE else [float(best_rate("projector")), float(rate)]
 
 
 def add(arm: str, rate: str, seed: int, run: RunDir, found: dict[str, Any]) -> None:
     """Adds to a record what was found of a run."""
     known = recorded(arm, rate, seed)
-    always = {"rates": rates_of(config_of(arm, rate, seed)), "minutes": run.lived_s() / 60}
+    always = {"rates": rates_of(arm, rate), "minutes": run.lived_s() / 60}
     keep(record_of(arm, rate, seed), known | always | found)
 
 

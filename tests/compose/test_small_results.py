@@ -126,8 +126,7 @@ def write_record(arm: str, rate: str, seed: int, **found: object) -> None:
     """More of what a run of the ablation reached."""
     import ablation
 
-    rates = ablation.rates_of(ablation.config_of(arm, rate, seed))
-    write(ablation.record_of(arm, rate, seed), {"rates": rates, **ablation.recorded(arm, rate, seed), **found})
+    write(ablation.record_of(arm, rate, seed), {"rates": ablation.rates_of(arm, rate), **ablation.recorded(arm, rate, seed), **found})
 
 
 def test_an_arm_of_the_ablation_takes_the_rate_that_validation_prefers(monkeypatch, tmp_path):

@@ -304,8 +304,9 @@ def test_documents_that_leave_too_little_to_choose_among_are_refused(demo, xc_da
 
 
 def test_a_page_with_a_figure_that_does_not_decode_is_named_before_a_model_is_loaded(demo, xc_data, tmp_path, capsys):
-    cut = make_image()[:-20]  # its header is whole, so that the index takes it
-    pages = [[f"About {n}", "a line", cut if n == 2 else make_image(), f"All {n}"] for n in range(4)]
+    whole = [make_image(600, 400, colour) for colour in COLOURS[:5]]
+    figures = [data[: len(data) // 2] if n == 2 else data for n, data in enumerate(whole)]  # its header is whole: the index takes it
+    pages = [[f"About {n}", "a line", figure, f"All {n}"] for n, figure in enumerate(figures)]
     write_tar(tmp_path / "a.tar", [member for n, page in enumerate(pages) for member in make_document(f"page{n}", page)])
     assert xc_data("index", tmp_path, "--tokenizer", demo.tokenizer) == xc_data("merge", tmp_path) == 0
     capsys.readouterr()

@@ -68,8 +68,10 @@ def test_a_time_limit_is_read_as_sbatch_reads_it(written, seconds):
 def test_a_time_limit_in_yaml_or_on_the_command_line_needs_no_quotes(tmp_path, written, seconds):
     """YAML 1.1 reads 24:00:00 as the number 86400, which as a time limit would be 60 days."""
     file = tmp_path / "stage.yaml"
-    file.write_text(f"run: {{name: x}}\nslurm:\n  time: {written}  # of one life\n  env: {{AT: {written}}}\n  exclude: [a, {written}]\n")
+    file.write_text(
+        f"run: {{name: x, dir: y}}  # 画 é\nslurm:\n  time: {written}  # of one life\n  env: {{AT: {written}}}\n  exclude: [a, {written}]\n"
+    )
     assert load(file).time_s == seconds
     assert load(file).env["AT"] == load(file).exclude[1] == written.strip('"')
-    file.write_text("run: {name: x}\n")
+    file.write_text("run: {name: x, dir: y}\n")
     assert load(file, [f"slurm.time={written}"]).time_s == seconds
