@@ -240,7 +240,7 @@ def _verify(args: argparse.Namespace) -> int:
     found = Verified()
     for part in _watched(partial(verify_shard, source=source, share=args.sample), mine, args.workers, f"verify {folder.name}"):
         found.add(part)
-    print_verified(args.source, len(mine), found)
+    print_verified(source, len(mine), found)
     return EXIT_NEEDS_PERSON if found.wrong else EXIT_DONE
 
 

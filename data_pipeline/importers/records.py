@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from data_pipeline.errors import TryAgainError
+from data_pipeline.errors import cannot_read
 from data_pipeline.samples import BadSample
 
 CHUNK = 1 << 20
@@ -32,7 +32,7 @@ def records(path: Path, task: int = 0, tasks: int = 1) -> Iterator[tuple[int, di
                     value = BadSample("not a record: no JSON object")
                 yield row, value
     except OSError as error:
-        raise TryAgainError(f"cannot read {path}: {error.strerror} (mend the file system or its rights, then run the same again)") from None
+        raise cannot_read(path, error) from None
 
 
 def _lines(file: IO[str], task: int, tasks: int) -> Iterator[tuple[int, Any]]:

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 
 from data_pipeline.errors import UserError
 from data_pipeline.plan.columns import ELEMENT
-from data_pipeline.read.paths import ShardPath
+from data_pipeline.read.paths import ShardPath, index_option
 from data_pipeline.shards.index import OK, ShardIndex, list_shards, read_index, sidecar_path
 
 VERSION = 2
@@ -62,15 +62,13 @@ def merge(source: ShardPath, index_dir: Path) -> SourceFacts:
     """
     shards = list_shards(source)
     missing = [s for s in shards if not sidecar_path(s, index_dir).exists()]
+    again = f"run: xc-data index {source} --tokenizer FOLDER{index_option(source, index_dir)}"
     if missing:
-        raise UserError(
-            f"{len(missing)} of {len(shards)} shards have no index, first {missing[0].name} "
-            f"(run: xc-data index {source} --tokenizer FOLDER)"
-        )
-    indexes = [read_index(sidecar_path(s, index_dir)) for s in shards]
+        raise UserError(f"{len(missing)} of {len(shards)} shards have no index, first {missing[0].name} ({again})")
+    indexes = [read_index(sidecar_path(s, index_dir), source) for s in shards]
     changed = [s.name for s, i in zip(shards, indexes, strict=True) if s.stat().st_size != i.facts["size"]]
     if changed:
-        raise UserError(f"{changed[0]} changed since it was indexed (run: xc-data index {source} --tokenizer FOLDER)")
+        raise UserError(f"{changed[0]} changed since it was indexed ({again})")
     for key in ("kind", "tokenizer"):
         if len({i.facts[key] for i in indexes}) > 1:
             raise UserError(f"the shards of {source} were indexed with different values of {key} (run xc-data index again for all)")

@@ -159,7 +159,7 @@ def test_a_list_that_breaks_off_gives_what_is_whole_and_one_reason(tmp_path, cut
 
 
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
-@pytest.mark.parametrize(("more", "said"), [(' \n\t' * 9, 0), (' \n [{"n": 2}]', 1), ("]", 1), ("\n\0", 1)])
+@pytest.mark.parametrize(("more", "said"), [(" \n\t" * 9, 0), (' \n [{"n": 2}]', 1), ("]", 1), ("\n\0", 1)])
 def test_what_follows_a_list_is_named_and_not_dropped_in_silence(tmp_path, monkeypatch, chunk, more, said):
     monkeypatch.setattr("data_pipeline.importers.records.CHUNK", chunk)
     file = tmp_path / "a.json"
