@@ -102,7 +102,7 @@ def test_a_kill_while_merging_leaves_the_old_merge(pairs, monkeypatch):
     before = merge(pairs.parent, pairs.parent)
     write_tar(pairs.parent / "b.tar", [("z" + n, d) for n, d in make_pairs(2)])
     index_shard(pairs.parent / "b.tar", pairs.parent, Kind.pair, TOKENIZER)
-    for writes in range(5):  # rows, elements, kept, blocks, damaged; source.json is the sixth
+    for writes in range(6):  # rows, elements, kept, blocks, damaged; source.json is the sixth
         left = iter(range(writes))
         real = os.fsync
 
