@@ -155,8 +155,8 @@ def read_facts(sidecar: Path) -> dict[str, Any]:
         return {}
 
 
-def read_index(sidecar: Path, source: ShardPath | None = None) -> ShardIndex:
-    """A whole sidecar; `source` is the folder of its shards, by default its own.
+def require_facts(sidecar: Path, source: ShardPath | None = None) -> dict[str, Any]:
+    """As `read_facts`, of a sidecar that is to be there; `source` is the folder of its shards, by default its own.
 
     Raises:
         UserError: it is missing or was not written by this program.
@@ -166,8 +166,19 @@ def read_index(sidecar: Path, source: ShardPath | None = None) -> ShardIndex:
     if facts.get("version") != VERSION:
         shards = source or sidecar.parent
         raise UserError(f"no index {sidecar} (run: xc-data index {shards} --tokenizer FOLDER{index_option(shards, sidecar.parent)})")
+    return facts
+
+
+def read_index(sidecar: Path, source: ShardPath | None = None, columns: list[str] | None = None) -> ShardIndex:
+    """A sidecar, with all columns of `SCHEMA` or with these; `source` as for `require_facts`.
+
+    Raises:
+        UserError: it is missing or damaged, or was not written by this program.
+        TryAgainError: the file system failed.
+    """
+    facts = require_facts(sidecar, source)
     try:
-        return ShardIndex(facts, pq.read_table(sidecar))
+        return ShardIndex(facts, pq.read_table(sidecar, columns=columns))
     except (OSError, pa.ArrowException) as error:
         if isinstance(error, OSError):
             _require_damage(sidecar, error)
