@@ -8,12 +8,13 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.command_line import command_line, parse
-from data_pipeline.errors import EXIT_DONE, EXIT_NEEDS_PERSON, UserError
+from data_pipeline.errors import EXIT_DONE, EXIT_NEEDS_PERSON, TryAgainError, UserError
 from data_pipeline.importers.command import DESCRIPTION, add_layouts
 from data_pipeline.shards import query
 
@@ -166,7 +167,7 @@ def _index(args: argparse.Namespace) -> int:
     kind = Kind(args.kind) if args.kind else find_kind(shards)
     mine = shards[number::count]
     work = partial(index_shard, index_dir=index_dir, kind=kind, tokenizer=tokenizer, phash=args.phash)
-    written = sum(_watched(work, mine, args.workers, f"index {source.name}"))
+    written = sum(_watched(work, mine, args.workers, f"index {source.name}", [shard.name for shard in mine]))
     guessed = "" if args.kind else " (guessed from the first sample)"
     done = f"{written} indexed, {len(mine) - written} up to date"
     print(f"{args.source}: {len(mine)} of {len(shards)} shards, kind {kind.value}{guessed}, {done}")
@@ -174,8 +175,12 @@ def _index(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _watched(work: Callable[[Any], Any], items: Sequence[Any], workers: int, what: str) -> Iterator[Any]:
-    """The results of `work` in order, from this process or several, behind a progress bar."""
+def _watched(work: Callable[[Any], Any], items: Sequence[Any], workers: int, what: str, names: Sequence[str]) -> Iterator[Any]:
+    """The results of `work` for shards of these names in order, from this process or several, behind a progress bar.
+
+    Raises:
+        TryAgainError: a process died.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
@@ -183,8 +188,26 @@ def _watched(work: Callable[[Any], Any], items: Sequence[Any], workers: int, wha
 
     bar = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
     with bar as progress, ProcessPoolExecutor(max(1, workers), worker_context()) as pool:
-        results = pool.map(work, items) if workers > 1 else map(work, items)
+        results = _together(pool, work, items, names) if workers > 1 else map(work, items)
         yield from progress.track(results, total=len(items), description=what)
+
+
+def _together(pool: ProcessPoolExecutor, work: Callable[[Any], Any], items: Sequence[Any], names: Sequence[str]) -> Iterator[Any]:
+    futures = [pool.submit(work, item) for item in items]
+    try:
+        for future in futures:
+            yield future.result()
+    except BrokenProcessPool:
+        left = [name for name, future in zip(names, futures, strict=True) if not future.done() or future.exception()]
+        more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+        said = f"a worker died; {len(left)} of {len(names)} shards are not done: {', '.join(left[:_NAMED])}{more}"
+        raise TryAgainError(f"{said} (often for want of memory: run the same with --workers 1)") from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+_NAMED = 3
+"""Shards that a message names."""
 
 
 def _task(text: str) -> tuple[int, int]:
@@ -238,9 +261,10 @@ def _verify(args: argparse.Namespace) -> int:
     source = ShardSource(folder.name, folder, args.index_dir)
     mine = range(len(source.facts.shards))[number::count]
     found = Verified()
-    for part in _watched(partial(verify_shard, source=source, share=args.sample), mine, args.workers, f"verify {folder.name}"):
+    names, work = [source.facts.shards[shard] for shard in mine], partial(verify_shard, source=source, share=args.sample)
+    for part in _watched(work, mine, args.workers, f"verify {folder.name}", names):
         found.add(part)
-    print_verified(args.source, len(mine), found)
+    print_verified(source, len(mine), found)
     return EXIT_NEEDS_PERSON if found.wrong else EXIT_DONE
 
 

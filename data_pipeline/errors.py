@@ -21,3 +21,8 @@ class TryAgainError(Exception):
     """A cause outside the run that may pass (network, deadline); nothing was lost and the same command goes on."""
 
     exit_code = EXIT_TRY_AGAIN
+
+
+def cannot_read(path: object, error: OSError) -> TryAgainError:
+    """What a reader raises where the file system failed: nothing is known of the data, and the failure may pass."""
+    return TryAgainError(f"cannot read {path}: {error.strerror or error} (mend the file system or its rights, then run the same again)")

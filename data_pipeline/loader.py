@@ -165,7 +165,7 @@ class Loader:
         most = _most_images(config, data)
         turn = min(config.prefetch, -(-IMAGES_AT_ONCE // most)) if config.workers else 1
         turns = max(min(2, config.prefetch), -(-config.prefetch // turn))  # one in work while another is trained on
-        room = most, config.images.size, config.micro_packs * config.context
+        room = most, config.images.size, config.micro_packs * config.context, config.images.tokens
         self._slots = Slots(config.workers, turn * (turns + 1), *room) if config.workers else None
         self._killers, self._at_work = killers, AtWork(config.workers)
         known = killers.known if killers else ()

@@ -41,8 +41,11 @@ def open_data(config: DataConfig, seed: int, steps: int | None = None, origin: O
         origin: where the plan takes over from another one; the start of the run by default.
 
     Raises:
-        UserError: a folder is missing, an index does not match, a weight is no number, a budget cannot hold a sample or counts nothing.
+        UserError: a folder is missing, an index does not match, a value is out of its range, a budget cannot hold a sample or counts
+            nothing.
+        TryAgainError: the file system failed.
     """
+    _check(config)
     if not config.sources:
         raise UserError("data.sources is empty (name at least one source: {NAME: {path: FOLDER}})")
     budget.check({name: source.errors for name, source in config.sources.items()})
@@ -76,6 +79,24 @@ def open_data(config: DataConfig, seed: int, steps: int | None = None, origin: O
     except ValueError as error:
         raise UserError(f"data: {error} (mend the data section)") from None
     return Data(sources, tokenizer, plan)
+
+
+def _check(config: DataConfig) -> None:
+    """Refuses values with which nothing can be read."""
+    images = config.images
+    at_least = [
+        ("micro_packs", config.micro_packs, 1),
+        ("workers", config.workers, 0),
+        ("prefetch", config.prefetch, 1 if config.workers else 0),
+        ("images.size", images.size, 1),
+        ("images.tokens", images.tokens, 1),
+        ("images.jitter", images.jitter, 0),
+    ]
+    for key, value, least in at_least:
+        if not value >= least:
+            raise UserError(f"data.{key} is {value} (give at least {least})")
+    if not 0 <= images.crop < 1:
+        raise UserError(f"data.images.crop is {images.crop} (give the share of a side that may go: at least 0 and below 1)")
 
 
 def image_policy(images: ImageConfig) -> ImagePolicy:

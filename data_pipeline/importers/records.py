@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from data_pipeline.errors import TryAgainError
+from data_pipeline.errors import cannot_read
 from data_pipeline.samples import BadSample
 
 CHUNK = 1 << 20
@@ -32,7 +32,7 @@ def records(path: Path, task: int = 0, tasks: int = 1) -> Iterator[tuple[int, di
                     value = BadSample("not a record: no JSON object")
                 yield row, value
     except OSError as error:
-        raise TryAgainError(f"cannot read {path}: {error.strerror} (mend the file system or its rights, then run the same again)") from None
+        raise cannot_read(path, error) from None
 
 
 def _lines(file: IO[str], task: int, tasks: int) -> Iterator[tuple[int, Any]]:
@@ -58,6 +58,8 @@ def _list(file: IO[str], task: int, tasks: int) -> Iterator[tuple[int, Any]]:
         while at < len(buffer) and buffer[at] in " \t\r\n,":
             at += 1
         if at < len(buffer) and buffer[at] == "]":
+            if row % tasks == task and _more(file, buffer[at + 1 :]):
+                yield row, BadSample("the list ends, and more follows it")
             return
         value, end, failed = None, len(buffer), ""
         try:
@@ -77,3 +79,12 @@ def _list(file: IO[str], task: int, tasks: int) -> Iterator[tuple[int, Any]]:
         if row % tasks == task:
             yield row, value
         row, at = row + 1, end
+
+
+def _more(file: IO[str], rest: str) -> bool:
+    """Whether anything but white space is left, in what was read or behind it."""
+    while not rest.strip():
+        rest = file.read(CHUNK)
+        if not rest:
+            return False
+    return True

@@ -43,8 +43,9 @@ def mixture(path: Path) -> list[Part]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        name, _, weight = line.strip().rpartition(" ") if _is_number(line.split()[-1]) else (line.strip(), "", None)
-        file = path.parent / name.strip()
+        words = line.strip().rsplit(maxsplit=1)
+        name, weight = words if len(words) == 2 and _is_number(words[1]) else (line.strip(), None)
+        file = path.parent / name
         if not file.is_file():
             raise UserError(f"{path} line {number}: no such file {file.resolve()} (lines are FILE WEIGHT, relative to {path.name})")
         parts.append(Part(_unique(file.stem, {part.name for part in parts}), file, weight))

@@ -1,7 +1,8 @@
 """`xc-data replay`: the exact batches of a step of a run, built again from the plan, as tables and as a page.
 
 Invariant: what is shown is what the loader handed to each rank, tensor for tensor, or the command refuses: the plan's digest must be the
-run's. Where shards changed without their index, the token counts that the run noted tell.
+run's. Where shards changed without their index, or a sample was listed in RUN/killers after the step, the token counts that the run noted
+tell.
 """
 
 import sys
@@ -133,7 +134,7 @@ def replay(run: Path, number: int, rank: int | None, output: Path | None) -> Non
         title = f"{run.name} step {number}" + ("" if rank is None else f" rank {rank}")
         page.write(page.render_packs(title, facts, step.section, step.data, shown), output)
     if rank is None:
-        _compare(step, built)
+        _compare(run, step, built)
 
 
 def _facts(step: Step) -> list[tuple[str, str]]:
@@ -191,15 +192,21 @@ def _sources(step: Step, built: Sequence[MicroStep], whole: bool) -> Table:
     return table
 
 
-def _compare(step: Step, built: Sequence[MicroStep]) -> None:
-    """Says where the run counted other tokens than were built: its shards are not what they were."""
+def _compare(run: Path, step: Step, built: Sequence[MicroStep]) -> None:
+    """Says where the run counted other tokens than were built, and why: a sample was listed since, or shards are not what they were."""
     if not step.record.metrics:
         return
+    listed = {(entry.source, entry.shard, entry.key) for entry in step.killers}
     counts: Counter[str] = Counter()
+    without: set[str] = set()
     for card in (card for micro in built for pack in micro.packs for card in pack.cards):
-        counts[step.data.sources[card.source].name] += card.supervised
+        name = step.data.sources[card.source].name
+        counts[name] += card.supervised
+        if (name, card.shard, card.key) in listed:
+            without.add(name)
     for name, found in counts.items():
         noted = step.record.metrics.get(f"tokens_by_source/{name}", 0)
         if noted != found:
-            message = f"warning: {name}: the run trained on {noted:,} supervised tokens, {found:,} are built now (its shards changed since)"
-            print(message, file=sys.stderr)
+            left_out = name in without and noted > found
+            why = f"samples listed in {run}/killers are left out of this view" if left_out else "its shards changed since"
+            print(f"warning: {name}: the run trained on {noted:,} supervised tokens, {found:,} are built now ({why})", file=sys.stderr)

@@ -16,7 +16,6 @@ BLOCK_KEY, ROW_KEY, PACK_KEY = 1, 2, 3
 """What a hash is for; the first word of its key."""
 
 _WORD = (1 << 64) - 1
-_INDEX_BITS = np.uint64(32)
 _INDEX_MASK = np.uint64((1 << 32) - 1)
 
 

@@ -181,5 +181,5 @@ class Materialiser:
         if not isinstance(element, ImageElement):
             raise BadSample(f"element {number} is not the image that was indexed")
         augmented = self.images.crop or self.images.jitter
-        rng = np.random.default_rng([self.seed, source, epoch, row, number]) if augmented else None
+        rng = np.random.default_rng([self.seed % 2**64, source, epoch, row, number]) if augmented else None
         return load(element.data, self.images, rng, room)

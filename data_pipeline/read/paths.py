@@ -29,6 +29,11 @@ def to_path(where: str | Path | RemotePath, patience: Patience | None = None) ->
     return RemotePath(url, RemoteStore(folder, patience or Patience()))
 
 
+def index_option(source: ShardPath, index_dir: Path) -> str:
+    """What a cure adds to a command about a source whose index is not beside its shards; begins with a space."""
+    return "" if index_dir == source else f" --index-dir {index_dir}"
+
+
 def index_folder(source: ShardPath, index_dir: str | Path | None) -> Path:
     """Where the index of a source is: beside its shards unless told otherwise.
 

@@ -176,7 +176,7 @@ class RemotePath:
         """The folder's objects that match, from the list of names or else from the store's own listing.
 
         Raises:
-            UserError: a web server has no list of names, or the list holds something else.
+            UserError: a web server has no list of names, or the list holds something else, or a name twice.
             TryAgainError: no answer within the deadline.
         """
         listed = self.url != self.store.url
@@ -223,15 +223,18 @@ class RemotePath:
         where = f"{self.store.url}/{file}"
         try:
             text = self.store.ask(where, lambda client: obstore.get(client, file).bytes().to_bytes())
-            names = [line.strip() for line in text.decode().splitlines() if line.strip()]
+            lines = text.decode().splitlines()
         except FileNotFoundError:
             raise UserError(f"no {where} (a web server lists nothing: put the shards' names there, one a line)") from None
         except UnicodeDecodeError:
             raise UserError(f"{where} is not text (it holds the shards' names, one a line)") from None
-        wrong = next((name for name in names if "/" in name), None)
-        if wrong is not None:
-            raise UserError(f"{where}: {wrong!r} is not the name of a file beside it (one folder is one source)")
-        return names
+        first: dict[str, int] = {}
+        for number, name in enumerate((line.strip() for line in lines), 1):
+            if "/" in name:
+                raise UserError(f"{where}: {name!r} is not the name of a file beside it (one folder is one source)")
+            if name and first.setdefault(name, number) != number:
+                raise UserError(f"{where} line {number}: {name!r} stands in line {first[name]} already (remove one: a shard is read once)")
+        return list(first)
 
 
 class _RemoteFile(io.RawIOBase):

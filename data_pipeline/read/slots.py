@@ -21,7 +21,9 @@ from data_pipeline.errors import UserError
 
 WORDS_PER_TOKEN = 10
 """Of int64 in a batch for each of its tokens, at most: ids, positions, two of an image token, three of a target; a segment of two tokens
-has two and an image of one has two."""
+has two and an image of one has two. The dummy image's, which are no tokens of the plan's, come to these."""
+WORDS_PER_DUMMY_TOKEN = 2
+"""As many: its places and its rows."""
 BUCKET_TOKENS = 64
 """What T and L may be rounded up by."""
 
@@ -42,13 +44,18 @@ class Handover:
 class Slots:
     """`workers` x `places` places for a batch; made before the workers, which inherit it."""
 
-    def __init__(self, workers: int, places: int, most: int, size: int, tokens: int) -> None:
-        """For uint8 images [up to `most`, 3, size, size] and as many `tokens`. UserError: the machine has not that much shared memory."""
+    def __init__(self, workers: int, places: int, most: int, size: int, tokens: int, dummy: int) -> None:
+        """For uint8 images [up to `most`, 3, size, size], as many `tokens`, and the `dummy` image's tokens.
+
+        Raises:
+            UserError: the machine has not that much shared memory.
+        """
         shape = (workers, places, most, size, size, 3)
+        words = WORDS_PER_TOKEN * (tokens + BUCKET_TOKENS) + WORDS_PER_DUMMY_TOKEN * dummy
         try:
             # channels last, as decoders write; seen from outside as [..., 3, size, size]
             self._pixels = torch.empty(shape, dtype=torch.uint8).share_memory_().movedim(-1, -3)
-            self._words = torch.empty((workers, places, 8 * WORDS_PER_TOKEN * (tokens + BUCKET_TOKENS)), dtype=torch.uint8).share_memory_()
+            self._words = torch.empty((workers, places, 8 * words), dtype=torch.uint8).share_memory_()
         except RuntimeError as error:
             needed = f"{math.prod(shape) / 2**20:,.0f} MiB of shared memory for the pictures of {workers} workers"
             raise UserError(f"{needed}: {error} (lower data.workers or data.prefetch, or give /dev/shm more room)") from None

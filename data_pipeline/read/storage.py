@@ -24,7 +24,7 @@ REQUESTS_AT_ONCE = 16
 
 
 class ShardReader:
-    """Reads byte ranges, keeping the most recent local shards open; one a worker."""
+    """Reads byte ranges, keeping the most recent local shards open, and closing them when it goes; one a worker."""
 
     def __init__(self, cache: RangeCache | None = None) -> None:
         self._cache = cache
@@ -114,6 +114,10 @@ class ShardReader:
 
     def __getstate__(self) -> dict[str, object]:
         return {"_cache": self._cache, "_open": OrderedDict(), "_threads": None}
+
+    def __del__(self) -> None:
+        for descriptor, _ in getattr(self, "_open", {}).values():
+            os.close(descriptor)
 
 
 def _is_indexed(data: bytes, location: Location) -> bool:

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from data_pipeline.errors import TryAgainError, UserError
-from data_pipeline.read.paths import ShardPath
+from data_pipeline.errors import UserError, cannot_read
+from data_pipeline.read.paths import ShardPath, index_option
 from data_pipeline.samples import BadSample, ImageElement, Kind, TextElement, guess_kind, image_size, parse
 from data_pipeline.shards import fingerprint
 from data_pipeline.shards.tar import Damage, RawSample, walk_file
@@ -121,9 +121,7 @@ def index_shard(shard: ShardPath, index_dir: Path, kind: Kind, tokenizer: Tokeni
             return False
         table = pa.Table.from_pylist(list(_rows(shard, kind, tokenizer, phash)), schema=SCHEMA)
     except OSError as error:
-        raise TryAgainError(
-            f"cannot read {shard}: {error.strerror} (mend the file system or its rights, then run the same again)"
-        ) from None
+        raise cannot_read(shard, error) from None
     facts["phash"] = phash
     facts["digest"] = _content_digest(table)
     table = table.replace_schema_metadata({"facts": json.dumps(facts)})
@@ -142,27 +140,55 @@ def index_shard(shard: ShardPath, index_dir: Path, kind: Kind, tokenizer: Tokeni
 
 
 def read_facts(sidecar: Path) -> dict[str, Any]:
-    """What a sidecar says of itself; empty where it is not a sidecar of this program."""
+    """What a sidecar says of itself; empty where there is none, or it is not a sidecar of this program.
+
+    Raises:
+        TryAgainError: the file system failed.
+    """
     try:
         metadata = pq.read_schema(sidecar).metadata or {}
         return json.loads(metadata.get(b"facts", b"{}"))
-    except (OSError, ValueError, pa.ArrowException):
+    except (FileNotFoundError, ValueError, pa.ArrowException):
+        return {}
+    except OSError as error:
+        _require_damage(sidecar, error)
         return {}
 
 
-def read_index(sidecar: Path) -> ShardIndex:
-    """A whole sidecar.
+def require_facts(sidecar: Path, source: ShardPath | None = None) -> dict[str, Any]:
+    """As `read_facts`, of a sidecar that is to be there; `source` is the folder of its shards, by default its own.
 
     Raises:
         UserError: it is missing or was not written by this program.
+        TryAgainError: the file system failed.
     """
     facts = read_facts(sidecar)
     if facts.get("version") != VERSION:
-        raise UserError(f"no index {sidecar} (run: xc-data index {sidecar.parent} --tokenizer FOLDER)")
+        shards = source or sidecar.parent
+        raise UserError(f"no index {sidecar} (run: xc-data index {shards} --tokenizer FOLDER{index_option(shards, sidecar.parent)})")
+    return facts
+
+
+def read_index(sidecar: Path, source: ShardPath | None = None, columns: list[str] | None = None) -> ShardIndex:
+    """A sidecar, with all columns of `SCHEMA` or with these; `source` as for `require_facts`.
+
+    Raises:
+        UserError: it is missing or damaged, or was not written by this program.
+        TryAgainError: the file system failed.
+    """
+    facts = require_facts(sidecar, source)
     try:
-        return ShardIndex(facts, pq.read_table(sidecar))
+        return ShardIndex(facts, pq.read_table(sidecar, columns=columns))
     except (OSError, pa.ArrowException) as error:
+        if isinstance(error, OSError):
+            _require_damage(sidecar, error)
         raise UserError(f"the index {sidecar} is damaged: {str(error).splitlines()[0]} (delete it, then run xc-data index again)") from None
+
+
+def _require_damage(sidecar: Path, error: OSError) -> None:
+    """Arrow has OSError for damage as well; only one of the file system has a number."""
+    if error.errno is not None:
+        raise cannot_read(sidecar, error) from None
 
 
 def sample_digest(data: bytes) -> bytes:

@@ -12,19 +12,21 @@ Columns, little endian, read by `pread`:
 import hashlib
 import json
 import os
+import shutil
 import uuid
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import TryAgainError, UserError
 from data_pipeline.plan.columns import ELEMENT
-from data_pipeline.read.paths import ShardPath
-from data_pipeline.shards.index import OK, ShardIndex, list_shards, read_index, sidecar_path
+from data_pipeline.read.paths import ShardPath, index_option
+from data_pipeline.shards.index import OK, list_shards, read_index, require_facts, sidecar_path
 
 VERSION = 2
 BLOCK_SAMPLES = 250
@@ -32,6 +34,9 @@ BLOCK_SAMPLES = 250
 ROW = np.dtype([("shard", "<u4"), ("size", "<u4"), ("offset", "<u8"), ("first_element", "<u8"), ("digest", "<u8")])
 """`digest` is the first 8 bytes of `sample_digest`: a reader knows a replaced shard or a rotten block by it."""
 SOURCE_FILE = "source.json"
+_FILES = ("rows.bin", "elements.bin", "kept.bin", "blocks.bin", "damaged.jsonl")
+_TAKEN = ["key", "offset", "size", "elements", "digest", "status"]
+"""Columns of a sidecar that a merge reads."""
 
 
 @dataclass
@@ -59,28 +64,36 @@ def merge(source: ShardPath, index_dir: Path) -> SourceFacts:
 
     Raises:
         UserError: a sidecar is missing, or sidecars disagree about kind or tokenizer; or no sample can be used.
+        TryAgainError: the file system failed, or a shard was indexed meanwhile.
     """
     shards = list_shards(source)
     missing = [s for s in shards if not sidecar_path(s, index_dir).exists()]
+    again = f"run: xc-data index {source} --tokenizer FOLDER{index_option(source, index_dir)}"
     if missing:
-        raise UserError(
-            f"{len(missing)} of {len(shards)} shards have no index, first {missing[0].name} "
-            f"(run: xc-data index {source} --tokenizer FOLDER)"
-        )
-    indexes = [read_index(sidecar_path(s, index_dir)) for s in shards]
-    changed = [s.name for s, i in zip(shards, indexes, strict=True) if s.stat().st_size != i.facts["size"]]
+        raise UserError(f"{len(missing)} of {len(shards)} shards have no index, first {missing[0].name} ({again})")
+    facts = [require_facts(sidecar_path(s, index_dir), source) for s in shards]
+    changed = [s.name for s, f in zip(shards, facts, strict=True) if s.stat().st_size != f["size"]]
     if changed:
-        raise UserError(f"{changed[0]} changed since it was indexed (run: xc-data index {source} --tokenizer FOLDER)")
+        raise UserError(f"{changed[0]} changed since it was indexed ({again})")
     for key in ("kind", "tokenizer"):
-        if len({i.facts[key] for i in indexes}) > 1:
+        if len({f[key] for f in facts}) > 1:
             raise UserError(f"the shards of {source} were indexed with different values of {key} (run xc-data index again for all)")
-    digest = source_digest([i.facts for i in indexes])
-    folder = index_dir / f"columns-{digest[:16]}"
+    folder = index_dir / f"columns-{source_digest(facts)[:16]}"
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
-        facts = _write(indexes, index_dir, folder, digest)
+        partial.mkdir(parents=True)
+        with ExitStack() as opened:
+            columns = _Columns({name: opened.enter_context((partial / name).open("wb")) for name in _FILES})
+            for shard, said in zip(shards, facts, strict=True):
+                columns.append(said["shard"], _table(shard, index_dir, source, said))
+            columns.end()
+        if not columns.kept:
+            raise UserError(f"no usable sample in {index_dir} ({'; '.join(columns.statuses)})")
+        return _publish(facts, columns, index_dir, folder, partial)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror} (free space, or choose another folder: --index-dir)") from None
-    return facts
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def source_digest(facts: list[dict[str, Any]]) -> str:
@@ -88,102 +101,107 @@ def source_digest(facts: list[dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps([[f["shard"], f["digest"]] for f in facts]).encode()).hexdigest()
 
 
-def _write(indexes: list[ShardIndex], index_dir: Path, folder: Path, digest: str) -> SourceFacts:
-    rows, elements = _rows(indexes), _elements(indexes)
-    status = np.concatenate([np.asarray(i.table["status"].to_pylist(), dtype=object) for i in indexes])
-    kept = np.flatnonzero(status == OK).astype("<i8")
-    if not kept.size:
-        reasons = sorted(set(status))[:3]
-        raise UserError(f"no usable sample in {index_dir} ({'; '.join(map(str, reasons))})")
-    columns = {"rows": rows, "elements": elements, "kept": kept, "blocks": _blocks(rows["shard"][kept])}
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    partial.mkdir(parents=True)
-    for name, values in columns.items():
-        _write_file(partial / f"{name}.bin", np.ascontiguousarray(values).tobytes())
-    damaged = _damaged(indexes)
-    _write_file(partial / "damaged.jsonl", "".join(json.dumps(d) + "\n" for d in damaged).encode())
+def _table(shard: ShardPath, index_dir: Path, source: ShardPath, facts: dict[str, Any]) -> pa.Table:
+    """What a merge takes of a sidecar, which said `facts` of itself when the merge began."""
+    sidecar = sidecar_path(shard, index_dir)
+    index = read_index(sidecar, source, _TAKEN)
+    if index.facts != facts:
+        raise TryAgainError(f"{sidecar} changed while it was merged (run the same again, when nothing indexes the source)")
+    return index.table
+
+
+def _publish(facts: list[dict[str, Any]], columns: "_Columns", index_dir: Path, folder: Path, partial: Path) -> SourceFacts:
+    """Gives the columns in `partial` their name, then writes `source.json`."""
     if folder.exists():  # the same digest: the same content
         for file in partial.iterdir():
             file.replace(folder / file.name)
-        partial.rmdir()
     else:
         partial.replace(folder)
-    reasons: dict[str, int] = {}
-    for d in damaged:
-        # by class, what comes before the colon: the detail differs from sample to sample and stays in damaged.jsonl
-        reason = d["reason"].partition(":")[0]
-        reasons[reason] = reasons.get(reason, 0) + 1
-    facts = SourceFacts(
+    made = SourceFacts(
         version=VERSION,
-        kind=indexes[0].facts["kind"],
-        tokenizer=indexes[0].facts["tokenizer"],
-        digest=digest,
-        shards=[i.facts["shard"] for i in indexes],
-        shard_sizes=[i.facts["size"] for i in indexes],
-        shard_first_rows=np.cumsum([0] + [i.table.num_rows for i in indexes])[:-1].tolist(),
-        samples=len(rows),
-        kept=len(kept),
-        elements=len(elements),
-        text_tokens=int(elements["tokens"].sum()),
-        images=int((elements["width"] > 0).sum()),
-        damaged=reasons,
+        kind=facts[0]["kind"],
+        tokenizer=facts[0]["tokenizer"],
+        digest=source_digest(facts),
+        shards=[f["shard"] for f in facts],
+        shard_sizes=[f["size"] for f in facts],
+        shard_first_rows=columns.first_rows,
+        samples=columns.samples,
+        kept=columns.kept,
+        elements=columns.elements,
+        text_tokens=columns.text_tokens,
+        images=columns.images,
+        damaged=columns.damaged,
         columns=folder.name,
     )
     temporary = index_dir / f".{SOURCE_FILE}.{uuid.uuid4().hex}"
-    _write_file(temporary, json.dumps(asdict(facts), indent=1).encode())
+    with temporary.open("wb") as file:
+        file.write(json.dumps(asdict(made), indent=1).encode())
+        _to_disk(file)
     temporary.replace(index_dir / SOURCE_FILE)
-    return facts
+    return made
 
 
-def _rows(indexes: list[ShardIndex]) -> np.ndarray:
-    rows = np.zeros(sum(i.table.num_rows for i in indexes), ROW)
-    first = 0
-    counts = []
-    for number, index in enumerate(indexes):
-        last = first + index.table.num_rows
-        rows["shard"][first:last] = number
-        rows["size"][first:last] = index.table["size"].to_numpy()
-        rows["offset"][first:last] = index.table["offset"].to_numpy()
-        rows["digest"][first:last] = [int.from_bytes(d[:8], "little") for d in index.table["digest"].to_pylist()]
-        counts.append(pc.list_value_length(index.table["elements"]).to_numpy())
-        first = last
-    rows["first_element"] = np.concatenate([[0], np.cumsum(np.concatenate(counts))])[:-1]
-    return rows
+class _Columns:
+    """The files of columns, which grow by a shard at a time: a source of any size is merged in the memory that its largest shard takes."""
+
+    def __init__(self, files: dict[str, BinaryIO]) -> None:
+        """`files` by name, open and empty."""
+        self._files = files
+        self.first_rows: list[int] = []
+        self.samples = self.kept = self.elements = self.text_tokens = self.images = 0
+        self.damaged: dict[str, int] = {}
+        self.statuses: list[str] = []
+        """The first three of all, in alphabetical order."""
+
+    def append(self, shard: str, table: pa.Table) -> None:
+        """Adds the samples of the next shard."""
+        rows, elements, good = np.zeros(table.num_rows, ROW), _elements(table["elements"]), pc.equal(table["status"], OK)
+        counts = pc.list_value_length(table["elements"]).to_numpy().astype(np.int64)
+        rows["shard"] = len(self.first_rows)
+        rows["size"] = table["size"].to_numpy()
+        rows["offset"] = table["offset"].to_numpy()
+        rows["first_element"] = self.elements + np.cumsum(counts) - counts
+        rows["digest"] = np.frombuffer(b"".join(table["digest"].to_pylist()), "<u8")[::2]
+        kept = self.samples + np.flatnonzero(good.to_numpy())
+        self._write("rows.bin", rows)
+        self._write("elements.bin", elements)
+        self._write("kept.bin", kept.astype("<i8"))
+        self._write("blocks.bin", np.arange(self.kept, self.kept + len(kept), BLOCK_SAMPLES, "<i8"))
+        self._damage(shard, table.filter(pc.invert(good)))
+        self.statuses = sorted({*self.statuses, *pc.unique(table["status"]).to_pylist()})[:3]
+        self.first_rows.append(self.samples)
+        self.samples += len(rows)
+        self.kept += len(kept)
+        self.elements += len(elements)
+        self.text_tokens += int(elements["tokens"].sum())
+        self.images += int((elements["width"] > 0).sum())
+
+    def end(self) -> None:
+        """Closes the last block, and sees all on the disk."""
+        self._write("blocks.bin", np.array([self.kept], "<i8"))
+        for file in self._files.values():
+            _to_disk(file)
+
+    def _write(self, name: str, values: np.ndarray) -> None:
+        self._files[name].write(values.tobytes())
+
+    def _damage(self, shard: str, bad: pa.Table) -> None:
+        for row in bad.select(["key", "offset", "size", "status"]).to_pylist():
+            entry = {"shard": shard, "key": row["key"], "offset": row["offset"], "size": row["size"], "reason": row["status"]}
+            self._files["damaged.jsonl"].write((json.dumps(entry) + "\n").encode())
+            # by class, what comes before the colon: the detail differs from sample to sample and stays in damaged.jsonl
+            reason = row["status"].partition(":")[0]
+            self.damaged[reason] = self.damaged.get(reason, 0) + 1
 
 
-def _elements(indexes: list[ShardIndex]) -> np.ndarray:
-    parts = []
-    for index in indexes:
-        flat = pc.list_flatten(index.table["elements"])
-        part = np.zeros(len(flat), ELEMENT)
-        for name in ELEMENT.names:
-            part[name] = pc.struct_field(flat, name).to_numpy()
-        parts.append(part)
-    return np.concatenate(parts)
-
-
-def _blocks(shard_of_kept: np.ndarray) -> np.ndarray:
-    """Kept ordinals at which blocks begin: at each shard's first kept sample, then every `BLOCK_SAMPLES`."""
-    starts = []
-    borders = np.concatenate([[0], np.flatnonzero(np.diff(shard_of_kept)) + 1, [len(shard_of_kept)]])
-    for first, last in pairwise(borders):
-        starts.append(np.arange(first, last, BLOCK_SAMPLES))
-    return np.concatenate([*starts, [len(shard_of_kept)]]).astype("<i8")
-
-
-def _damaged(indexes: list[ShardIndex]) -> list[dict[str, Any]]:
-    found = []
-    for index in indexes:
-        bad = index.table.filter(pc.not_equal(index.table["status"], OK)).select(["key", "offset", "size", "status"])
-        for row in bad.to_pylist():
-            found.append(
-                {"shard": index.facts["shard"], "key": row["key"], "offset": row["offset"], "size": row["size"], "reason": row["status"]}
-            )
+def _elements(column: pa.ChunkedArray) -> np.ndarray:
+    flat = pc.list_flatten(column)
+    found = np.zeros(len(flat), ELEMENT)
+    for name in ELEMENT.names:
+        found[name] = pc.struct_field(flat, name).to_numpy()
     return found
 
 
-def _write_file(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def _to_disk(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipeline.errors import UserError
-from data_pipeline.read.paths import ShardPath
+from data_pipeline.read.paths import ShardPath, index_option
 from data_pipeline.shards import selection
 from data_pipeline.shards.fingerprint import PHASH_BITS
 from data_pipeline.shards.index import OK, read_facts, sidecar_path
@@ -88,16 +88,18 @@ def _sidecars(source: ShardSource, hashes: bool) -> list[Path]:
 
     Raises:
         UserError: they changed since, or lack the perceptual hashes that are wanted.
+        TryAgainError: the file system failed.
     """
+    option = index_option(source.path, source.index_dir)
     sidecars = [sidecar_path(source.path / shard, source.index_dir) for shard in source.facts.shards]
     facts = [read_facts(sidecar) for sidecar in sidecars]
     if not all(facts) or source_digest(facts) != source.facts.digest:
-        raise UserError(f"the index of {source.path} changed since it was merged (run: xc-data merge {source.path})")
+        raise UserError(f"the index of {source.path} changed since it was merged (run: xc-data merge {source.path}{option})")
     bare = [f["shard"] for f in facts if not f["phash"]]
     if hashes and bare:
         raise UserError(
             f"{len(bare)} of {len(facts)} shards of {source.path} have no perceptual hashes, first {bare[0]} "
-            f"(run: xc-data index {source.path} --tokenizer FOLDER --phash, then xc-data merge {source.path})"
+            f"(run: xc-data index {source.path} --tokenizer FOLDER --phash{option}, then xc-data merge {source.path}{option})"
         )
     return sidecars
 

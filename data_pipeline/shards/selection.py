@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UserError, cannot_read
 from data_pipeline.plan.columns import PlanSource
 
 VERSION = 1
@@ -89,13 +89,16 @@ def read(folder: Path, source: str, where: str) -> Selection:
 
     Raises:
         UserError: it is none, or it was made of another index.
+        TryAgainError: the file system failed.
     """
     file = folder / FILE
     try:
         raw = json.loads(file.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{where}: no selection {folder.resolve()} (make it: xc-data select SOURCE --where SQL -o {folder})") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise cannot_read(file, error) from None
+    except ValueError as error:
         raise UserError(f"{where}: {file} unreadable: {error} (remove it, then run xc-data select again)") from None
     if not isinstance(raw, dict) or raw.get("version") != VERSION or {f.name for f in fields(Selection)} != raw.keys():
         raise UserError(f"{where}: {file} is of another version (remove it, then run xc-data select again)")
@@ -116,6 +119,8 @@ def _whole(folder: Path, samples: int) -> bool:
         return len(starts) > 0 and starts[-1] == samples and (folder / "kept.bin").stat().st_size == 8 * samples
     except FileNotFoundError:
         return False
+    except OSError as error:
+        raise cannot_read(folder, error) from None
 
 
 def _write(source: PlanSource, rows: Iterable[np.ndarray], left_out: dict[str, int], made_by: str, folder: Path) -> Selection:

@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import TryAgainError, UserError, cannot_read
 from data_pipeline.plan.columns import ELEMENT
-from data_pipeline.read.paths import ShardPath, index_folder, to_path
+from data_pipeline.read.paths import ShardPath, index_folder, index_option, to_path
 from data_pipeline.read.remote import Patience
 from data_pipeline.samples import Kind
 from data_pipeline.shards import selection as selections
@@ -57,6 +57,7 @@ class ShardSource:
 
         Raises:
             UserError: no such folder, or not indexed and merged; no such selection, or one of another index.
+            TryAgainError: the file system failed.
         """
         self.name = name
         self.path = to_path(path, patience)
@@ -76,7 +77,10 @@ class ShardSource:
             chosen = selections.read(self._kept, self.facts.digest, f"data.sources.{name}.selection")
             self.digest = hashlib.sha256(f"{self.facts.digest} {chosen.digest}".encode()).hexdigest()
             self.text_tokens, self.images = chosen.text_tokens, chosen.images
-        self.block_starts = np.frombuffer((self._kept / "blocks.bin").read_bytes(), "<i8")
+        try:
+            self.block_starts = np.frombuffer(self._column("blocks").read_bytes(), "<i8")
+        except OSError as error:
+            raise self._failed("blocks", error) from None
 
     def require_tokenizer(self, digest: str) -> None:
         """Refuses a tokenizer that is not the index's.
@@ -87,8 +91,7 @@ class ShardSource:
         if self.facts.tokenizer != digest:
             raise UserError(
                 f"source {self.name}: {self.index_dir} was indexed with another tokenizer "
-                f"({self.facts.tokenizer[:12]}, not {digest[:12]}): "
-                f"run xc-data index {self.path} --tokenizer FOLDER, then xc-data merge {self.path}"
+                f"({self.facts.tokenizer[:12]}, not {digest[:12]}; {self._index_and_merge})"
             )
 
     def kept(self, first: int, last: int) -> np.ndarray:
@@ -156,7 +159,7 @@ class ShardSource:
 
     def shard_keys(self, shard: int) -> pa.ChunkedArray:
         """Keys of a shard's samples, in order, from its sidecar: for people and ledgers, not for the hot path."""
-        return read_index(sidecar_path(self.path / self.facts.shards[shard], self.index_dir)).table["key"]
+        return read_index(sidecar_path(self.path / self.facts.shards[shard], self.index_dir), self.path).table["key"]
 
     def find(self, key: str) -> list[int]:
         """Rows with this key, one a shard at most but for duplicates; reads sidecar after sidecar."""
@@ -177,12 +180,14 @@ class ShardSource:
 
     def _read_facts(self) -> SourceFacts:
         file = self.index_dir / SOURCE_FILE
-        cure = f"run: xc-data index {self.path} --tokenizer FOLDER, then xc-data merge {self.path}"
+        cure = self._index_and_merge
         try:
             raw = json.loads(file.read_bytes())
         except FileNotFoundError:
             raise UserError(f"source {self.name} is not indexed: no {file.resolve()} ({cure})") from None
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise cannot_read(file, error) from None
+        except ValueError as error:
             raise UserError(f"source {self.name}: {file} unreadable: {error} ({cure})") from None
         if not isinstance(raw, dict) or raw.get("version") != VERSION or {f.name for f in fields(SourceFacts)} != raw.keys():
             raise UserError(f"source {self.name}: {file} is of another version ({cure})")
@@ -195,14 +200,20 @@ class ShardSource:
 
     def _read(self, column: str, first: int, end: int, dtype: np.dtype) -> np.ndarray:
         size = (end - first) * dtype.itemsize
-        data = os.pread(self._file(column), size, first * dtype.itemsize)
+        try:
+            data = os.pread(self._file(column), size, first * dtype.itemsize)
+        except OSError as error:
+            raise self._failed(column, error) from None
         self._require(column, len(data) == size)
         return np.frombuffer(data, dtype)
 
     def _read_runs(self, column: str, firsts: np.ndarray, ends: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """The items [first, end) of each run, concatenated: one `pread` a run."""
         sizes, offsets = (ends - firsts) * dtype.itemsize, firsts * dtype.itemsize
-        data = b"".join(map(os.pread, repeat(self._file(column)), sizes.tolist(), offsets.tolist()))
+        try:
+            data = b"".join(map(os.pread, repeat(self._file(column)), sizes.tolist(), offsets.tolist()))
+        except OSError as error:
+            raise self._failed(column, error) from None
         self._require(column, len(data) == sizes.sum())
         return np.frombuffer(data, dtype)
 
@@ -212,11 +223,24 @@ class ShardSource:
         return self._files[column]
 
     def _column(self, column: str) -> Path:
-        return (self._kept if column == "kept" else self._columns) / f"{column}.bin"
+        return (self._kept if column in _SELECTED else self._columns) / f"{column}.bin"
 
     def _require(self, column: str, whole: bool) -> None:
         if not whole:
-            raise UserError(f"source {self.name}: {self._column(column)} is cut short (run: xc-data merge {self.path})")
+            raise UserError(f"source {self.name}: {self._column(column)} is cut short ({self._cure(column)})")
+
+    def _failed(self, column: str, error: OSError) -> UserError | TryAgainError:
+        if isinstance(error, FileNotFoundError):
+            return UserError(f"source {self.name}: no {self._column(column)} ({self._cure(column)})")
+        return cannot_read(self._column(column), error)
+
+    def _cure(self, column: str) -> str:
+        return self._index_and_merge if self._column(column).parent == self._columns else "remove its folder, then run xc-data select again"
+
+    @property
+    def _index_and_merge(self) -> str:
+        option = index_option(self.path, self.index_dir)
+        return f"run: xc-data index {self.path} --tokenizer FOLDER{option}, then xc-data merge {self.path}{option}"
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_files": {}}
@@ -226,6 +250,8 @@ class ShardSource:
             os.close(descriptor)
 
 
+_SELECTED = ("kept", "blocks")
+"""Columns that a selection has of its own."""
 _RUN_GAP = 64
 """Rows closer than this are read in one `pread`: a gap of 64 rows costs less than a system call."""
 

@@ -1,4 +1,4 @@
-"""Walks a tar as WebDataset reads it: members with one key, side by side, are a sample.
+"""Walks a tar as WebDataset reads it: members with one key, side by side, are a sample; names that have no key are passed over.
 
 Invariant: a damaged tar yields every whole sample before the damage and then says what is wrong and where; only the file system's own
 errors are raised, since they may pass. Nothing is ever extracted to the file system.
@@ -48,6 +48,8 @@ class Damage:
     """The sample that it cut, where that is known."""
 
 
+_META = re.compile(r"__[^/]*__($|/)")
+"""What WebDataset keeps for its own use."""
 _OCTAL = re.compile(rb"[0-7]{11}[ \0]")
 _UNREADABLE = (tarfile.TarError, EOFError, OSError, ValueError, IndexError, OverflowError, MemoryError, RecursionError)
 """What tarfile raises where headers lie: sizes that no memory holds, chains of headers, seeks to nowhere."""
@@ -70,11 +72,28 @@ def _open(file: IO[bytes]) -> tarfile.TarFile:
     return tarfile.TarFile(fileobj=file, mode="r", tarinfo=_Header, errorlevel=1, encoding="utf-8", errors="backslashreplace")
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """Key and extension of a member, by WebDataset's rule: the key ends at the first dot of the last path component."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return folder + slash + stem, extension.lower()
+def split_name(name: str) -> tuple[str, str] | None:
+    """Key and extension of a member, by WebDataset's rule: the key ends at the first dot of the last path component.
+
+    None for a name that WebDataset passes over: without a dot (README), with nothing before it (./._7.jpg, which macOS writes beside
+    ./7.jpg; but in folder/._7.jpg `folder/` is the key), or of its own metadata (__x__/7.jpg). There `^((?:.*/|)[^.]+)[.]([^/]*)$`
+    finds the key, in a time that is quadratic in slashes; this is the same in linear time.
+    """
+    dot = name.find(".", name.rfind("/") + 1)
+    if dot < 1 or _META.match(name):
+        return None
+    before = name.rfind(".", 0, dot)
+    if before >= 0:  # the key's last part, which may hold slashes but no dot, begins behind a slash
+        slash = name.find("/", before + 1, dot - 1)
+        if slash < 0 or "\n" in name[:slash]:
+            return None
+    return name[:dot], name[dot + 1 :].lower()
+
+
+def _split_any(name: str) -> tuple[str, str] | None:
+    """As `split_name`, of a name that may be too long: such a one is not passed over, it is damage."""
+    short = name[:NAME_LIMIT]
+    return split_name(short) or ((short, "") if len(name) > NAME_LIMIT else None)
 
 
 def walk(path: ShardPath) -> Iterator[RawSample | Damage]:
@@ -103,14 +122,15 @@ def walk_file(file: BinaryIO, size: int) -> Iterator[RawSample | Damage]:
                 yield Damage(member.offset, f"unreadable tar: {member.name[:80]!r} has {member.size} bytes")
                 return
             if member.offset_data + member.size > size:
-                cut = split_name(member.name[:NAME_LIMIT])[0]
-                yield from _flush(current, drop=cut)
-                yield Damage(member.offset, f"truncated tar: {member.name[:80]!r} ends past the end of the file", cut)
+                cut = _split_any(member.name)
+                yield from _flush(current, drop=cut and cut[0])
+                yield Damage(member.offset, f"truncated tar: {member.name[:80]!r} ends past the end of the file", cut[0] if cut else "")
                 return
             position = min(end, size)  # what is no plain file may claim to end anywhere
-            if member.isdir():
+            names = _split_any(member.name)
+            if member.isdir() or names is None:
                 continue
-            key, extension = split_name(member.name[:NAME_LIMIT])
+            key, extension = names
             # a second member of one name begins the key anew: two samples that share a key, side by side
             if current is None or current.key != key or extension in extensions:
                 yield from _flush(current)
@@ -145,8 +165,9 @@ def read_members(data: bytes) -> dict[str, bytes]:
     members: dict[str, bytes] = {}
     with _open(io.BytesIO(data)) as tar:
         for member in tar:
-            if member.isfile():
-                members[split_name(member.name)[1]] = data[member.offset_data : member.offset_data + member.size]
+            names = split_name(member.name)
+            if member.isfile() and names is not None:
+                members[names[1]] = data[member.offset_data : member.offset_data + member.size]
     return members
 
 
@@ -163,7 +184,9 @@ def _plain_members(data: bytes) -> dict[str, bytes] | None:
         begin, length = at + BLOCK, int(size[:11], 8)
         if begin + length > len(data):
             return None
-        members[split_name(name.decode())[1]] = data[begin : begin + length]
+        names = split_name(name.decode())
+        if names is not None:
+            members[names[1]] = data[begin : begin + length]
         at = begin + length + -length % BLOCK
     return members or None
 

@@ -4,7 +4,6 @@ Invariant: reads as a training run does, so that a sample which passes is one th
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -12,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data_pipeline.errors import TryAgainError
+from data_pipeline.read.paths import index_option
 from data_pipeline.read.storage import ShardReader
 from data_pipeline.samples import BadSample
 from data_pipeline.shards.index import read_index, sidecar_path
@@ -66,18 +66,18 @@ def verify_shard(shard: int, source: ShardSource, share: float) -> Verified:
         except TryAgainError as error:
             reason, lost = f"cannot be read, the rest of the shard was not checked: {error}", True
         if keys is None:
-            keys = read_index(sidecar_path(source.path / source.facts.shards[shard], source.index_dir)).table["key"]
+            keys = read_index(sidecar_path(source.path / source.facts.shards[shard], source.index_dir), source.path).table["key"]
         found.wrong.append(Mismatch(source.facts.shards[shard], keys[row - first].as_py(), at.offset, at.size, reason))
         if lost:
             break
     return found
 
 
-def print_verified(source: str | Path, shards: int, found: Verified) -> None:
+def print_verified(source: ShardSource, shards: int, found: Verified) -> None:
     """Prints what was read, and every sample that is not what was indexed."""
     console = Console(highlight=False)
     share = len(found.wrong) / max(1, found.samples)
-    read = f"{source}: {found.samples:,} samples, {found.bytes / 1e6:,.1f} MB in {shards:,} shards read"
+    read = f"{source.path}: {found.samples:,} samples, {found.bytes / 1e6:,.1f} MB in {shards:,} shards read"
     if not found.wrong:
         console.print(Text(f"{read}, all as indexed", "green"), soft_wrap=True)
         return
@@ -88,4 +88,5 @@ def print_verified(source: str | Path, shards: int, found: Verified) -> None:
     for m in found.wrong:
         table.add_row(Text(m.shard), Text(m.key), f"{m.offset}+{m.size}", Text(m.reason))
     console.print(table)
-    console.print(f"index what is there: xc-data index {source} --tokenizer FOLDER; or bring the shards back", soft_wrap=True)
+    again = f"xc-data index {source.path} --tokenizer FOLDER{index_option(source.path, source.index_dir)}"
+    console.print(f"index what is there: {again}; or bring the shards back", soft_wrap=True)

@@ -3,7 +3,9 @@
 import base64
 import html
 import io
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,8 @@ from tars import make_image, make_pairs, overwrite, write_tar
 from data_pipeline.configure import load_data_view
 from data_pipeline.opened import open_data
 from data_pipeline.read.materialise import Materialiser
+from data_pipeline.read.storage import ShardReader
+from data_pipeline.shards import index as index_module
 from data_pipeline.shards.merge import merge
 from data_pipeline.shards.source import ShardSource
 
@@ -248,3 +252,35 @@ def test_preview_shows_data_as_text_and_says_what_was_dropped(demo, tmp_path, xc
     assert page.count("<script") == 1
     assert "onerror=" not in re.sub(r">[^<]*<", "><", page)
     assert "dropped: bytes changed since they were indexed" in page
+
+
+@pytest.mark.parametrize("command", ["index", "verify"])
+def test_a_worker_that_dies_names_what_is_not_done_and_one_process_does_it(demo, tmp_path, xc_data, capsys, monkeypatch, command):
+    folder = tmp_path / "shards"
+    for name in "abcdefgh":
+        write_tar(folder / f"{name}.tar", make_pairs(2))
+    index = ("index", folder, "--tokenizer", demo.tokenizer, "--kind", "pair")
+    if command == "verify":
+        assert xc_data(*index) == 0
+        assert xc_data("merge", folder) == 0
+    real, read = index_module.walk_file, ShardReader.read
+
+    def deadly_walk(file, size):
+        if file.name.endswith("b.tar"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(file, size)
+
+    def deadly_read(reader, location):
+        if location.shard.name == "b.tar":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(reader, location)
+
+    started = index if command == "index" else ("verify", folder)
+    with monkeypatch.context() as patch:  # inherited by the workers, which are forked
+        patch.setattr(index_module, "walk_file", deadly_walk)
+        patch.setattr(ShardReader, "read", deadly_read)
+        capsys.readouterr()
+        assert xc_data(*started, "--workers", 2) == 75
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(r"error: a worker died; [1-8] of 8 shards are not done: (?=.*b\.tar).*\(.*run the same with --workers 1\)$", line)
+    assert xc_data(*started, "--workers", 1) == 0

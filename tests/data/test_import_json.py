@@ -158,6 +158,17 @@ def test_a_list_that_breaks_off_gives_what_is_whole_and_one_reason(tmp_path, cut
     assert 15 < len(found) <= 100
 
 
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+@pytest.mark.parametrize(("more", "said"), [(" \n\t" * 9, 0), (' \n [{"n": 2}]', 1), ("]", 1), ("\n\0", 1)])
+def test_what_follows_a_list_is_named_and_not_dropped_in_silence(tmp_path, monkeypatch, chunk, more, said):
+    monkeypatch.setattr("data_pipeline.importers.records.CHUNK", chunk)
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps([{"n": 0}, {"n": 1}]) + more)
+    found = [[(row, str(record)) for row, record in records(file, task, 2)] for task in range(2)]
+    end = [(2, "the list ends, and more follows it")] * said
+    assert found == [[(0, "{'n': 0}"), *end], [(1, "{'n': 1}")]]
+
+
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_no_bytes_at_all_make_reading_records_raise(tmp_path_factory, data):

@@ -12,6 +12,7 @@ import yaml
 from imports import COLOURS, PICTURES, left_out, read_ours, read_plain, words, write_json, write_lines
 from tars import make_image, write_tar
 
+from data_pipeline.importers.xcomposer import mixture
 from data_pipeline.shards.index import read_index
 
 # The official fine-tuning format
@@ -45,6 +46,13 @@ def test_xcomposer_mixtures_become_sources_with_the_official_weights(tmp_path, d
     config = {**section["data"], "tokenizer": str(demo.tokenizer), "context": 256, "global_batch": 2, "images": {"size": 28, "tokens": 4}}
     (tmp_path / "stage.yaml").write_text(yaml.safe_dump({"data": config}))
     assert xc_data("preview", tmp_path / "stage.yaml", "-o", tmp_path / "page.html") == 0, "the printed section is a config's"
+
+
+@pytest.mark.parametrize("gap", ["\t", "  ", " \t "])
+def test_a_weight_may_stand_behind_any_white_space(tmp_path, gap):
+    file = official(tmp_path) / "data.txt"
+    file.write_text(f"data/vl.json{gap}10 \n data/text only.json{gap}0.02\n")
+    assert [(part.file.name, part.weight) for part in mixture(file)] == [("vl.json", "10"), ("text only.json", "0.02")]
 
 
 def test_xcomposer_takes_one_json_too(tmp_path, xc_import):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from tars import make_document, make_image, make_pairs, write_tar
 from data_pipeline.errors import TryAgainError, UserError
 from data_pipeline.samples import Kind
 from data_pipeline.shards import index as index_module
-from data_pipeline.shards.index import OK, index_shard, read_index, sidecar_path
+from data_pipeline.shards import merge as merge_module
+from data_pipeline.shards.index import OK, ShardIndex, index_shard, read_index, sidecar_path
 from data_pipeline.shards.merge import merge
 from data_pipeline.shards.source import ShardSource
 from data_pipeline.text.tokenizer import Tokenizer
@@ -102,7 +104,7 @@ def test_a_kill_while_merging_leaves_the_old_merge(pairs, monkeypatch):
     before = merge(pairs.parent, pairs.parent)
     write_tar(pairs.parent / "b.tar", [("z" + n, d) for n, d in make_pairs(2)])
     index_shard(pairs.parent / "b.tar", pairs.parent, Kind.pair, TOKENIZER)
-    for writes in range(5):  # rows, elements, kept, blocks, damaged; source.json is the sixth
+    for writes in range(6):  # rows, elements, kept, blocks, damaged; source.json is the sixth
         left = iter(range(writes))
         real = os.fsync
 
@@ -118,6 +120,42 @@ def test_a_kill_while_merging_leaves_the_old_merge(pairs, monkeypatch):
         assert source.digest == before.digest
         assert len(source.kept(0, before.kept)) == before.kept
     assert merge(pairs.parent, pairs.parent).kept == before.kept + 2
+
+
+def test_a_merge_holds_one_sidecar_at_a_time(pairs, monkeypatch):
+    """And leaves nothing but the merge: a source may have more rows than a machine has memory for."""
+    for name in "bcd":
+        write_tar(pairs.parent / f"{name}.tar", [(name + n, d) for n, d in make_pairs(2)])
+    for shard in sorted(pairs.parent.glob("*.tar")):
+        index_shard(shard, pairs.parent, Kind.pair, TOKENIZER)
+    read: list[weakref.ref] = []
+
+    def counted(*arguments: object) -> ShardIndex:
+        assert not any(table() is not None for table in read)
+        index = read_index(*arguments)
+        read.append(weakref.ref(index.table))
+        return index
+
+    monkeypatch.setattr(merge_module, "read_index", counted)
+    assert merge(pairs.parent, pairs.parent).kept == PAIRS + 3 * 2
+    assert len(read) == 4
+    assert not list(pairs.parent.glob(".*"))
+
+
+def test_a_merge_while_a_shard_is_indexed_is_to_be_tried_again(pairs, monkeypatch):
+    """The name of the columns says what is in them."""
+    index_shard(pairs, pairs.parent, Kind.pair, TOKENIZER)
+
+    def late(*arguments: object) -> ShardIndex:
+        write_tar(pairs, make_pairs(3 * PAIRS))
+        index_shard(pairs, pairs.parent, Kind.pair, TOKENIZER)
+        return read_index(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(TryAgainError, match=r"a\.index\.parquet changed while it was merged"):
+        patch.setattr(merge_module, "read_index", late)
+        merge(pairs.parent, pairs.parent)
+    assert sorted(f.name for f in pairs.parent.iterdir()) == ["a.index.parquet", "a.tar"]
+    assert merge(pairs.parent, pairs.parent).kept == 3 * PAIRS
 
 
 def test_index_again_does_nothing_when_up_to_date_and_redoes_a_changed_shard(pairs):

@@ -16,12 +16,12 @@ import loader_worker
 import numpy as np
 import psutil
 import pytest
-from demo_data import SEED, START, data_config, packs_of_step, run, run_world, same_step, segments_of
+from demo_data import COSTS, SEED, START, data_config, packs_of_step, run, run_world, same_step, segments_of
 from tars import cut, overwrite
 
-from data_pipeline.config import MixUnit, PhaseConfig
+from data_pipeline.config import ImageConfig, MixUnit, PhaseConfig
 from data_pipeline.errors import TryAgainError, UserError
-from data_pipeline.loader import StepData
+from data_pipeline.loader import Loader, StepData
 from data_pipeline.opened import open_data
 from data_pipeline.read import storage
 from data_pipeline.read.ledger import BadEntry
@@ -310,6 +310,15 @@ class FailingReads:
         ({"context": 5}, "do not hold an image"),
         ({"images_per_pack": 0}, "fits no pack"),
         ({"global_batch": 0}, "must be at least 1"),
+        ({"micro_packs": 0}, r"data\.micro_packs is 0"),
+        ({"workers": -1}, r"data\.workers is -1"),
+        ({"workers": 1, "prefetch": 0}, r"data\.prefetch is 0"),
+        ({"images": ImageConfig(size=0)}, r"data\.images\.size is 0"),
+        ({"images": ImageConfig(tokens=0)}, r"data\.images\.tokens is 0"),
+        ({"images": ImageConfig(crop=1.0)}, r"data\.images\.crop is 1\.0"),
+        ({"images": ImageConfig(crop=-0.1)}, r"data\.images\.crop is -0\.1"),
+        ({"images": ImageConfig(jitter=-0.1)}, r"data\.images\.jitter is -0\.1"),
+        ({"images": ImageConfig(jitter=float("nan"))}, r"data\.images\.jitter is nan"),
     ],
 )
 def test_what_no_plan_can_hold_is_a_user_error(demo, changes, message):
@@ -348,6 +357,16 @@ def test_a_weight_that_is_no_share_is_a_user_error(demo, weight):
     config.sources["text"].weight = weight
     with pytest.raises(UserError, match=r"data\.sources\.text\.weight"):
         open_data(config, SEED)
+
+
+@pytest.mark.parametrize("augmentation", [{"crop": 0.2}, {"jitter": 0.2}])
+def test_any_whole_number_seeds_the_augmentation(demo, augmentation):
+    config = data_config(demo.root, images=ImageConfig(size=32, tokens=4, **augmentation))
+    data = open_data(config, -1)
+    pixels = [Loader(config, data, seed, COSTS, 0, 1, START, 0) for seed in (-1, 2**64 - 1, 0)]
+    first, again, other = ([m.batch.images for m in next(iter(loader)).micro_batches] for loader in pixels)
+    assert all(a.equal(b) for a, b in zip(first, again, strict=True))
+    assert not all(a.equal(b) for a, b in zip(first, other, strict=True))
 
 
 def test_the_seed_moves_samples_and_the_digest(demo):

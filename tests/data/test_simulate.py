@@ -109,6 +109,11 @@ def test_a_mistake_is_one_line(demo, tmp_path, xc_data, capsys, arguments, messa
     assert re.search(message, line)
 
 
+def test_no_packs_at_once_are_the_users_mistake(demo, tmp_path, xc_data, capsys):
+    assert xc_data("simulate", write_stage(tmp_path / "c.yaml", demo), "--world", 2, "data.micro_packs=0") == 2
+    assert capsys.readouterr().err == "error: data.micro_packs is 0 (give at least 1)\n"
+
+
 @given(st.lists(st.lists(st.integers(0, 3), max_size=12), min_size=1, max_size=3))
 def test_pairs_from_one_shard_are_counted_as_one_by_one(shards: list[list[int]]) -> None:
     found = one_shard([np.array(s, np.int64) for s in shards])

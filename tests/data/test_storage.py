@@ -137,11 +137,13 @@ def test_a_truncated_remote_shard_is_damage_in_the_index(demo, shards, serve, xc
         ("{url}/nowhere", "shards.txt"),
         ("{url}/pairs/wrong.txt", "'../other/a.tar' is not the name of a file beside it"),
         ("{url}/pairs/empty.txt", "no .tar shard"),
+        ("{url}/pairs/twice.txt", "twice.txt line 4: 'a.tar' stands in line 2 already"),
     ],
 )
 def test_a_url_that_holds_no_source_is_one_line(demo, shards, serve, xc_data, tmp_path, capsys, source, message):
     (shards / "pairs" / "wrong.txt").write_text("a.tar\n../other/a.tar\n")
     (shards / "pairs" / "empty.txt").write_text("\n")
+    (shards / "pairs" / "twice.txt").write_text("\na.tar\nb.tar\n a.tar\n")
     where = source.replace("{url}", serve(shards).url)
     assert xc_data("index", where, "--tokenizer", demo.tokenizer, "--index-dir", tmp_path / "index") == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -1,6 +1,9 @@
 """`xc-data verify` names every sample that is not what was indexed, reads no more than it was asked to, and says it by its exit code."""
 
 import re
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,3 +97,16 @@ def test_a_sample_is_drawn_anew_each_time_and_touches_every_shard(source, verify
 def test_a_share_that_is_none_is_a_mistake(source, xc_data, capsys, share):
     assert xc_data("verify", source, f"--sample={share}") == 2
     assert "--sample" in capsys.readouterr().err
+
+
+def test_more_shards_are_verified_than_a_process_may_have_open(tmp_path, demo, xc_data):
+    folder, limit = tmp_path / "many", 64
+    for i in range(limit + 8):
+        write_tar(folder / f"{i:03d}.tar", make_pairs(1))
+    assert xc_data("index", folder, "--tokenizer", demo.tokenizer) == 0
+    assert xc_data("merge", folder) == 0
+    command = [sys.executable, "-m", "data_pipeline.cli", "verify", str(folder)]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -8,9 +8,10 @@ import pytest
 import webdataset
 from imports import read_ours
 from PIL import Image
-from tars import make_image
+from tars import make_image, make_pairs, write_tar
 
 from data_pipeline.samples import ImageElement, TextElement
+from data_pipeline.shards.source import ShardSource
 from data_pipeline.shards.write import Limits, Sample, write_task
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
@@ -100,3 +101,18 @@ def test_shards_as_img2dataset_writes_them_are_read_here(tmp_path, demo, xc_data
     assert {key: shown(e) for key, e in ours.items()} == {
         f"{s:05d}{i:04d}": f"[{9 + i}x7]red apple {i}" for s in range(2) for i in range(5)
     }
+
+
+@pytest.mark.parametrize("odd", ["README", "._{name}", "__meta__/{name}", "__shards.json__", "folder.d/.hidden"])
+def test_names_that_webdataset_passes_over_split_no_sample_and_are_none(tmp_path, demo, xc_data, odd):
+    """Before, between and behind the members of samples, as a tar made on macOS has them: ./._k0.png ./k0.png ./._k0.txt ./k0.txt."""
+    pairs = [(f"./{name}", data) for name, data in make_pairs(3)]
+    prefix = "./" if odd.startswith(".") else ""
+    between = [m for name, data in pairs for m in ((prefix + odd.replace("{name}", name.removeprefix("./")), b"none's"), (name, data))]
+    plain, mixed = write_tar(tmp_path / "plain" / "a.tar", pairs), write_tar(tmp_path / "mixed" / "a.tar", [*between, between[0]])
+    theirs = [list(webdataset.WebDataset(str(shard), shardshuffle=False)) for shard in (plain, mixed)]
+    assert len({json.dumps([(s["__key__"], s["png"].hex(), s["txt"].decode()) for s in samples]) for samples in theirs}) == 1
+    ours = read_ours(mixed.parent, demo.tokenizer, xc_data)
+    assert ours == read_ours(plain.parent, demo.tokenizer, xc_data)
+    assert list(ours) == [s["__key__"] for s in theirs[0]]
+    assert not ShardSource("s", mixed.parent).facts.damaged

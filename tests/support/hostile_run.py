@@ -57,7 +57,9 @@ class Opened:
             if writes and isinstance(arguments[0], str | bytes | os.PathLike):
                 self.paths.append(str(Path(os.fsdecode(arguments[0])).resolve()))
         elif event in ("os.rename", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.remove", "os.rmdir", "os.chmod"):
-            self.paths += [str(Path(os.fsdecode(a)).resolve()) for a in arguments[:2] if isinstance(a, str | bytes | os.PathLike)]
+            descriptor = arguments[-1] if event in ("os.remove", "os.rmdir") else -1  # of the folder that the name is in: rmtree's way
+            folder = Path(f"/proc/self/fd/{descriptor}").readlink() if descriptor >= 0 else Path()
+            self.paths += [str((folder / os.fsdecode(a)).resolve()) for a in arguments[:2] if isinstance(a, str | bytes | os.PathLike)]
         elif event in ("subprocess.Popen", "os.system", "os.exec", "socket.connect", "os.posix_spawn"):
             self.paths.append(f"{event} {arguments!r}"[:200])
 

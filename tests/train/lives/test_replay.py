@@ -12,11 +12,14 @@ from demo_data import same_batch
 from tars import overwrite
 
 from data_pipeline import jsonl
+from data_pipeline.config import ImageConfig
 from data_pipeline.errors import EXIT_DONE, UserError
 from data_pipeline.inspect.replay import Step, open_step
 from data_pipeline.loader import Loader, StepData
 from data_pipeline.opened import open_data
 from data_pipeline.plan.plan import Cursor
+from data_pipeline.read.killers import Killers
+from data_pipeline.read.materialise import Materialiser
 from train import checkpoint, configure
 from train.config import Config
 from train.flops import cost_model
@@ -188,7 +191,21 @@ def test_shards_that_changed_after_the_step_are_told_by_the_runs_own_counts(run,
     lines[0]["tokens_by_source/text"] += 3
     made.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert xc_data("replay", made.path, "--step", 1) == 0
-    assert "warning: text: the run trained on" in capsys.readouterr().err
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: text: the run trained on")
+    assert warning.endswith("(its shards changed since)")
+
+
+def test_a_sample_that_was_listed_as_a_killer_after_the_step_is_told_as_that(run, xc_data, capsys, tmp_path):
+    made = copy_of(run, tmp_path / "run")
+    data = open_step(made.path, 1).data
+    number = [source.name for source in data.sources].index("text")
+    row = next(int(p.row[p.source == number][0]) for p in data.plan.global_batch(START).packs if number in p.source)
+    Killers(made.path, 0, ()).add([Materialiser(data.sources, data.tokenizer, ImageConfig(), 0).entry(number, row, "killed a worker")])
+    assert xc_data("replay", made.path, "--step", 1) == 0
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: text: the run trained on")
+    assert warning.endswith(f"(samples listed in {made.path}/killers are left out of this view)")
 
 
 @pytest.mark.parametrize(
