@@ -16,7 +16,8 @@ from compose.pictures import Picture
 from data_pipeline.errors import UserError
 from data_pipeline.shards.source import ShardSource
 from train.config import Stage
-from train.evaluate import Scorer, Scores, evaluate_key, read_candidates, share_stderr
+from train.evaluate import Scorer, Scores, evaluate_key, share_stderr
+from train.held_out import read_candidates
 from train.run_dir import write_atomic, write_json
 from train.weights import exported
 from train.weights.opened import Opened, first_weights, open_model, read_config

@@ -1,6 +1,7 @@
 """Judges what the nodes of a job measured (`train.preflight`), and keeps the reasons in the cordon file.
 
-Invariant: `problems` is pure. What most nodes have is the job's fault, not a node's: then nothing is excluded, and a person is asked.
+Invariant: `problems` is pure. A node is fit only if it said so to the end. What most nodes have is the job's fault, not a node's: then
+nothing is excluded, and a person is asked.
 """
 
 import json
@@ -23,6 +24,8 @@ from slurm.job_dir import JobDir, newest_checkpoint
 EXIT_EXCLUDE = 10
 """Requeue, without the nodes on stdout."""
 BLIND = "cannot write the run directory"
+ENDS_OF_ALL_REDUCE = {"all_reduce_ms", "absent", "all_reduce_problem"}
+"""What a node says of the all-reduce, one of them if it came to its end."""
 
 
 def judge_report(job_dir: JobDir, settings: SlurmConfig, job: str, report: Path) -> int:
@@ -104,13 +107,22 @@ def problems(facts: Mapping[str, Mapping[str, Any]], nodes: Sequence[str], setti
             reasons.append(f"matmul at {f['tflops']:.3g} TFLOPS, the median is {rate:.3g}")
         if abs(f.get("clock_skew", 0.0)) > limits.clock_skew:
             reasons.append(f"clock is off by {f['clock_skew']:.1f} s")
+        if f and "tflops" not in f:
+            reasons.append("did not finish measuring")
         if node in absent and f:
             reasons.append("did not come to the all-reduce")
         if reasons:
             found[node] = "; ".join(reasons)
-    if not found:  # with a node to blame, that the others could not sum is no fault of theirs
-        found = {node: f"all-reduce: {facts[node]['all_reduce_problem']}" for node in nodes if facts[node].get("all_reduce_problem")}
-    return found
+    # With a node to blame, that the others could not sum is no fault of theirs; nor that they saw the sum fail, with one that hung in it.
+    return found or _hung(facts, nodes) or _failed(facts, nodes)
+
+
+def _hung(facts: Mapping[str, Mapping[str, Any]], nodes: Sequence[str]) -> dict[str, str]:
+    return {node: "did not finish the all-reduce" for node in nodes if not ENDS_OF_ALL_REDUCE & facts[node].keys()}
+
+
+def _failed(facts: Mapping[str, Mapping[str, Any]], nodes: Sequence[str]) -> dict[str, str]:
+    return {node: f"all-reduce: {facts[node]['all_reduce_problem']}" for node in nodes if facts[node].get("all_reduce_problem")}
 
 
 def _text(versions: Mapping[str, str]) -> str:

@@ -4,6 +4,7 @@ Invariant: everything is read from the queue and from the run directory; nothing
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -151,7 +152,8 @@ def _job_line(job_id: str | None, job: Job | None, job_dir: JobDir) -> str:
 
 def _step_line(recent: list[dict[str, Any]]) -> str:
     last = recent[-1]
-    parts = [f"{last['step']}", f"{last.get('progress', 0):.1%}", f"loss {last['loss/train']:.3f}"]
+    loss = math.nan if last["loss/train"] is None else last["loss/train"]  # JSON knows no NaN
+    parts = [f"{last['step']}", f"{last.get('progress', 0):.1%}", f"loss {loss:.3f}"]
     speeds = [line["throughput/tokens_per_s"] for line in recent[-20:] if "throughput/tokens_per_s" in line]
     parts += [f"{sum(speeds) / len(speeds):,.0f} tokens/s"] if speeds else []
     parts += [f"MFU {last['throughput/mfu']:.1%}"] if last.get("throughput/mfu") else []

@@ -192,16 +192,21 @@ def require_gpus(settings: SlurmConfig) -> None:
 
 
 def wasteful(config: Config, settings: SlurmConfig) -> list[str]:
-    """What works but leaves ranks idle."""
+    """What works but leaves ranks or GPUs idle."""
     ranks = configure.data_parallel(config, settings.world)
     share = ranks * config.data.micro_packs
-    if config.data.global_batch % share:
-        rest = config.data.global_batch % share
-        return [
+    lines = []
+    if settings.tasks_per_node < settings.gpus_per_node:
+        lines.append(
+            f"slurm.ranks_per_node: {settings.tasks_per_node} ranks a node use {settings.tasks_per_node} of its "
+            f"{settings.gpus_per_node} GPUs (leave it out: a rank a GPU)"
+        )
+    if rest := config.data.global_batch % share:
+        lines.append(
             f"data.global_batch: {config.data.global_batch} packs do not divide by {ranks} ranks x {config.data.micro_packs}: "
             f"{share - rest} of {share} packs of the last micro-step are empty"
-        ]
-    return []
+        )
+    return lines
 
 
 def _check_settings(settings: SlurmConfig) -> None:
@@ -210,6 +215,11 @@ def _check_settings(settings: SlurmConfig) -> None:
             raise UserError(f"slurm.{key} is {getattr(settings, key)} (set it to 1 or more)")
     if settings.gpus_per_node < 0 or settings.tasks_per_node < 1:
         raise UserError("slurm.gpus_per_node and slurm.ranks_per_node count things (set them to 0 and 1 or more)")
+    if 0 < settings.gpus_per_node < settings.tasks_per_node:
+        raise UserError(
+            f"slurm.ranks_per_node: {settings.tasks_per_node} ranks cannot share {settings.gpus_per_node} GPUs "
+            "(leave it out for a rank a GPU, or raise slurm.gpus_per_node)"
+        )
     try:
         limit = settings.time_s
     except ValueError:

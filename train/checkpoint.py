@@ -6,10 +6,12 @@
 Invariant: what `find` returns has passed its manifest; the state is that of the last *consumed* step.
 """
 
+import errno
 import json
+import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -115,10 +117,14 @@ class Writer:
     def _write(self, files: Files, partial: Path, name: str, state: TrainState) -> None:
         ranks = self._ranks.in_background()
         try:
-            problems = ranks.gather(self._trying(name, partial, lambda: _write_files(files)))
-            if not any(problems) and ranks.rank == 0:
-                problems.append(self._trying(name, partial, lambda: publish(self._run, partial, name, state, self._config)))
-            self._problem = ranks.share(next((p for p in problems if p), None))
+            own: dict[str, int] = {}
+            problem = self._trying(name, partial, lambda: own.update(_write_files(files, partial)))
+            found = ranks.gather((problem, own))
+            problem = next((of_rank for of_rank, _ in found if of_rank), None)
+            if problem is None and ranks.rank == 0:
+                written = {file: size for _, of_rank in found for file, size in of_rank.items()}
+                problem = self._trying(name, partial, lambda: publish(self._run, partial, name, state, self._config, written))
+            self._problem = ranks.share(problem)
         except RuntimeError as error:  # another rank is gone
             self._problem = f"{_CRASH}{name}: {error!r}"
 
@@ -133,7 +139,7 @@ class Writer:
     def _refusal(self, name: str, partial: Path, error: Exception) -> str:
         shutil.rmtree(partial, ignore_errors=True)
         reason = _storage_reason(self._run, error)
-        cure = "free space and run the same command: it goes on from the checkpoint before"
+        cure = "free space, or mend the file system, and run the same command: it goes on from the checkpoint before"
         return f"cannot write checkpoint {self._run.checkpoints / name}: {reason} ({cure})"
 
 
@@ -208,18 +214,25 @@ def require_same(state: TrainState, now: TrainState, folder: Path) -> None:
             )
 
 
-def _write_files(files: Files) -> None:
+def _write_files(files: Files, partial: Path) -> dict[str, int]:
+    """Writes this rank's files; returns their sizes by their names in the folder."""
     for path, content in files.items():
         torch.save(content, path)
+    return {str(path.relative_to(partial)): path.stat().st_size for path in files}
 
 
-def publish(run: RunDir, partial: Path, name: str, state: TrainState, config: CheckpointConfig) -> None:
+def publish(run: RunDir, partial: Path, name: str, state: TrainState, config: CheckpointConfig, written: Mapping[str, int]) -> None:
     """Makes a folder of written files a complete checkpoint, and removes those that are no longer kept.
 
-    The newest good one stays: it is what the guard goes back to.
+    The newest good one stays: it is what the guard goes back to. `written`: sizes of files that ranks say they wrote into the folder.
+
+    Raises:
+        OSError: one of them is not there, or has another size: a manifest of what is left would make a damaged checkpoint a complete one.
     """
+    for file, size in sorted(written.items()):
+        _require_written(partial, file, size)
     (partial / "state.json").write_text(json.dumps(asdict(state), indent=1))
-    files = sorted(p for p in partial.rglob("*") if p.is_file())
+    files = [partial / file for file in sorted({*written, *(str(p.relative_to(partial)) for p in partial.rglob("*") if p.is_file())})]
     manifest = {str(p.relative_to(partial)): {"size": p.stat().st_size, "sha256": file_digest(p)} for p in files}
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
     fsync_tree(partial)
@@ -234,6 +247,16 @@ def publish(run: RunDir, partial: Path, name: str, state: TrainState, config: Ch
         kept = config.keep_every and int(old.name.removeprefix(PREFIX)) % config.keep_every == 0
         if old != good and not kept:
             shutil.rmtree(old)
+
+
+def _require_written(partial: Path, file: str, size: int) -> None:
+    try:
+        with (partial / file).open("rb") as opened:  # opening asks the server: what a network file system remembers may be old
+            found = os.fstat(opened.fileno()).st_size
+    except FileNotFoundError:
+        raise OSError(errno.ENOENT, f"{file} was written by a rank and cannot be seen by rank 0") from None
+    if found != size:
+        raise OSError(errno.EIO, f"{file} has {found} bytes, of {size} that a rank wrote")
 
 
 def newest_first(run: RunDir) -> list[Path]:

@@ -149,7 +149,7 @@ class OffloadTo(Enum):
 
     none = "none"  # on the GPU
     cpu = "cpu"  # in the host's memory
-    nvme = "nvme"  # on the disk that `nvme_path` names; ZeRO-3 alone
+    nvme = "nvme"  # on the disk that `nvme_path` names; weights under ZeRO-3 alone
 
 
 @dataclass
@@ -157,9 +157,9 @@ class OffloadConfig:
     """What lies outside the GPUs: memory for time."""
 
     optimizer: OffloadTo = OffloadTo.none
-    """Optimizer state, and its step: none, cpu or nvme; ZeRO-1 and above."""
+    """Optimizer state, and its step: none or cpu; ZeRO-1 and above. nvme is refused: DeepSpeed 0.19.8 saves it and does not load it."""
     parameters: OffloadTo = OffloadTo.none
-    """Weights between their uses: none, cpu or nvme; ZeRO-3 alone."""
+    """Weights between their uses: none, cpu or nvme (frozen weights on the disk, trained ones in host memory); ZeRO-3 alone."""
     nvme_path: str | None = None
     """Folder on a fast local disk of each node."""
     pin_memory: bool = True

@@ -193,11 +193,22 @@ def _check_engine(engine: DeepSpeedConfig, where: str) -> None:
         raise UserError(f"{where}: deepspeed.offload.parameters needs ZeRO-3 (set deepspeed.stage=3)")
     if offload.optimizer is not OffloadTo.none and engine.stage < 1:
         raise UserError(f"{where}: deepspeed.offload.optimizer needs ZeRO (set deepspeed.stage to 1, 2 or 3)")
-    if OffloadTo.nvme in (offload.optimizer, offload.parameters) and (engine.stage != 3 or not offload.nvme_path):
+    if offload.optimizer is OffloadTo.nvme or _optimizer_of_extra(engine) == OffloadTo.nvme.value:
         raise UserError(
-            f"{where}: deepspeed.offload: nvme needs ZeRO-3 and a folder (set deepspeed.stage=3 and deepspeed.offload.nvme_path)"
+            f"{where}: deepspeed.offload.optimizer: nvme cannot go on from a checkpoint: DeepSpeed does not load its optimizer state "
+            "(set deepspeed.offload.optimizer=cpu)"
         )
+    if offload.parameters is OffloadTo.nvme and not offload.nvme_path:
+        raise UserError(f"{where}: deepspeed.offload.parameters: nvme needs a folder (set deepspeed.offload.nvme_path)")
     if (zero_pp.partition_ranks > 1 or zero_pp.quantized_weights or zero_pp.quantized_gradients) and engine.stage != 3:
         raise UserError(f"{where}: deepspeed.zero_pp needs ZeRO-3 (set deepspeed.stage=3)")
     if zero_pp.partition_ranks < 1:
         raise UserError(f"{where}: deepspeed.zero_pp.partition_ranks is {zero_pp.partition_ranks} (use 1, or the GPUs of a node)")
+
+
+def _optimizer_of_extra(engine: DeepSpeedConfig) -> Any:
+    """Where `extra` puts the optimizer."""
+    found: Any = engine.extra
+    for key in ("zero_optimization", "offload_optimizer", "device"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found

@@ -69,7 +69,8 @@ def _zero_json(engine: DeepSpeedConfig, trainable: int) -> dict[str, Any]:
         if to is not OffloadTo.none:
             settings[name] = {"device": to.value, "pin_memory": offload.pin_memory}
         if to is OffloadTo.nvme:
-            settings[name]["nvme_path"] = offload.nvme_path
+            # DeepSpeed loads no checkpoint into trained weights on a disk: they stay in host memory, and only frozen ones go there.
+            settings[name] |= {"nvme_path": offload.nvme_path, "max_in_cpu": trainable}
     if zero_pp.partition_ranks > 1:
         settings["zero_hpz_partition_size"] = zero_pp.partition_ranks
     if zero_pp.quantized_weights:

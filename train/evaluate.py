@@ -5,7 +5,6 @@ same weights give the same file.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,14 +16,15 @@ import torch
 
 from data_pipeline.batch import PackedBatch, Segment, assemble
 from data_pipeline.errors import UserError
-from data_pipeline.read.images import Picture, load
+from data_pipeline.read.images import Picture
 from data_pipeline.read.materialise import Materialiser
 from data_pipeline.samples import BadSample, ImageElement, TextElement
 from data_pipeline.shards.source import ShardSource
-from data_pipeline.text.templates import render, whole
+from data_pipeline.text.templates import Rendered, render, whole
 from data_pipeline.text.tokenizer import Tokenizer
 from train.config import Config, Stage
 from train.generate import greedy_captions
+from train.held_out import HeldOut
 from train.model.xcomposer2 import XComposer2
 from train.run_dir import RunDir, write_json
 from train.tracking.captions import Caption, data_uri
@@ -76,6 +76,14 @@ def evaluate_run(run_dir: Path) -> dict[str, Any]:
     for name, split in results["splits"].items():
         print(f"{config.run.name} {name}: " + "  ".join(f"{k} {v:.3f}" for k, v in split.items() if isinstance(v, float)))
     return results
+
+
+@dataclass(frozen=True)
+class Question:
+    """A caption that is to be scored behind the picture of a key, or behind none."""
+
+    rendered: Rendered
+    key: str | None
 
 
 class Scorer:
@@ -173,18 +181,28 @@ class Scorer:
 
     def captions(self, name: str, folder: Path, most: int) -> dict[str, list[Segment]]:
         """Captions of at most so many pictures of a split: behind none, the right one and a wrong one; in stage language only none."""
-        items, pixels = self._read_split(name, folder)
-        items = items[:: max(1, -(-len(items) // most))]  # evenly: neighbours are alike
-        found = {"blind": [self._segment(item["caption"], None) for item in items]}
+        split = self.open(name, folder)
+        return {figure: self.shown(split, asked) for figure, asked in self.questions(split, most).items()}
+
+    def questions(self, split: HeldOut, most: int) -> dict[str, list[Question]]:
+        """What `captions` scores, with no picture decoded."""
+        items = split.items[:: max(1, -(-len(split.items) // most))]  # evenly: neighbours are alike
+        found = {"blind": [Question(self._rendered(item["caption"], None), None) for item in items]}
         if self.config.run.stage is not Stage.language:
-            found["right"] = [self._segment(item["caption"], pixels[item["key"]]) for item in items]
-            found["wrong"] = [self._segment(item["caption"], pixels[item["wrong_image"]]) for item in items]
+            tokens = split.tokens()
+            for figure, key in (("right", "key"), ("wrong", "wrong_image")):
+                found[figure] = [Question(self._rendered(item["caption"], tokens[item[key]]), item[key]) for item in items]
         return found
+
+    def shown(self, split: HeldOut, questions: Sequence[Question]) -> list[Segment]:
+        """The questions with their pictures, which are decoded now."""
+        pictures = [None if asked.key is None else split.picture(asked.key) for asked in questions]
+        return [_behind(asked.rendered, picture) for asked, picture in zip(questions, pictures, strict=True)]
 
     def pictures(self, name: str, folder: Path, most: int) -> list[tuple[dict[str, Any], Picture]]:
         """The first pictures of a split by hash, with their items of `candidates.json`."""
-        items, pixels = self._read_split(name, folder)
-        return [(item, pixels[item["key"]]) for item in sorted(items, key=_by_hash)[:most]]
+        split = self.open(name, folder)
+        return [(item, split.picture(item["key"])) for item in sorted(split.items, key=_by_hash)[:most]]
 
     def write(self, name: str, pictures: Sequence[tuple[dict[str, Any], Picture]]) -> list[Caption]:
         """The greedy captions of some pictures; a fixed number of steps, so that ranks stay together."""
@@ -226,11 +244,12 @@ class Scorer:
 
     def _segment(self, caption: str, picture: Picture | None) -> Segment:
         """A caption behind its picture, or alone."""
-        if picture is None:
-            words = [TextElement(caption)]
-            return Segment(render(words, whole(words), self.tokenizer, 0), (), 0, 0)
-        elements = [ImageElement(b""), TextElement(caption)]
-        return Segment(render(elements, whole(elements), self.tokenizer, picture.tokens), picture.tiles, 0, 0, picture.grids)
+        return _behind(self._rendered(caption, None if picture is None else picture.tokens), picture)
+
+    def _rendered(self, caption: str, tokens: int | None) -> Rendered:
+        """A caption behind a picture of so many tokens, or alone."""
+        elements = [TextElement(caption)] if tokens is None else [ImageElement(b""), TextElement(caption)]
+        return render(elements, whole(elements), self.tokenizer, tokens or 0)
 
     def _retrieve(self, items: list[dict[str, Any]], pixels: dict[str, Picture]) -> list[int]:
         """The candidate caption with the greatest summed likelihood, for each picture."""
@@ -266,17 +285,16 @@ class Scorer:
         return self.tokenizer.decode(self.tokenizer.encode(caption))
 
     def _read_split(self, name: str, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Picture]]:
-        source = self._open(name, folder)
-        items, rows = read_candidates(source)
-        reader = Materialiser([source], self.tokenizer, self.images, 0)
-        pixels = {}
-        for key, row in rows.items():
-            try:
-                image = next(e for e in reader.elements(0, row) if isinstance(e, ImageElement))
-                pixels[key] = load(image.data, self.images, None)
-            except BadSample as bad:
-                raise UserError(f"{folder.absolute()}: the picture of {key} cannot be read: {bad} (rebuild the split)") from None
-        return items, pixels
+        split = self.open(name, folder)
+        return split.items, split.pictures()
+
+    def open(self, name: str, folder: Path) -> HeldOut:
+        """A held-out split.
+
+        Raises:
+            UserError: it is missing, not indexed, or not laid out as a split.
+        """
+        return HeldOut(self._open(name, folder), self.tokenizer, self.images)
 
     def _open(self, name: str, folder: Path) -> ShardSource:
         source = ShardSource(name, folder, key=evaluate_key(name))
@@ -284,27 +302,8 @@ class Scorer:
         return source
 
 
-def read_candidates(source: ShardSource) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """The items of a split's `candidates.json`, and the row of each picture that they name, by key.
-
-    Raises:
-        UserError: it cannot be read, is laid out otherwise, or names a picture that the split does not hold.
-    """
-    file = Path(source.path) / "candidates.json"
-    try:
-        items = json.loads(file.read_bytes())["items"]
-        whole = items and all(i["candidates"].index(i["caption"]) == i["answer"] for i in items)
-        keys = sorted({k for i in items for k in (i["key"], i["wrong_image"])})
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        whole = False
-    if not whole:
-        layout = '{"items": [{"key", "caption", "wrong_image", "candidates": [...], "answer": number of the caption}, ...]}'
-        raise UserError(f"{file.absolute()} is not laid out as {layout} (rebuild the split)")
-    rows = {key: row for row, key in enumerate(source.keys())}
-    missing = next((key for key in keys if key not in rows), None)
-    if missing is not None:
-        raise UserError(f"{file.absolute()} names {missing}, which is not in that folder (rebuild the split)")
-    return items, {key: rows[key] for key in keys}
+def _behind(rendered: Rendered, picture: Picture | None) -> Segment:
+    return Segment(rendered, (), 0, 0) if picture is None else Segment(rendered, picture.tiles, 0, 0, picture.grids)
 
 
 def _pictures_once(batch: PackedBatch, segments: Sequence[Segment], tile_tokens: int) -> PackedBatch:

@@ -123,7 +123,7 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
     heaviest = part_of(heaviest_batch(config.data, with_images), group.rank, group.size, config.data.images.tokens)
     rehearse(engine, heaviest, device.torch_device)
 
-    stop, save = StopRequest(run), SaveRequest(run, ranks.rank)  # until here, a request ended the process at once
+    stop, save = StopRequest(run, ranks.rank), SaveRequest(run, ranks.rank)  # until here, a request ended the process at once
     loader = Loader(
         config.data,
         data,

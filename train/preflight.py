@@ -27,6 +27,8 @@ import torch.distributed as dist
 from data_pipeline.errors import EXIT_DONE
 
 ROUNDS = 5
+QUERY_S = 60
+"""What a question to the driver may take: that of a GPU that fell off its bus may never be answered."""
 GPU_SIDE, CPU_SIDE = 8192, 512
 """Sides of the square matrices that are multiplied."""
 GPU_BYTES, CPU_BYTES = 256 << 20, 1 << 20
@@ -63,8 +65,15 @@ def _versions() -> dict[str, str]:
         "cuda": str(torch.version.cuda),
         "nccl": nccl,
         "deepspeed": version("deepspeed"),
-        "driver": next(iter(_nvidia_smi("--query-gpu=driver_version")), "none"),
+        "driver": _driver(),
     }
+
+
+def _driver() -> str:
+    try:
+        return next(iter(_nvidia_smi("--query-gpu=driver_version")), "none")
+    except subprocess.TimeoutExpired:
+        return "silent"
 
 
 def _write_problem(run_dir: Path, node: str) -> str | None:
@@ -84,7 +93,11 @@ def _gpu_problems() -> list[str]:
     """What the driver reports against a GPU; empty where it has nothing to say."""
     found = []
     for query, what in QUERIES.items():
-        for line in _nvidia_smi(query):
+        try:
+            lines = _nvidia_smi(query)
+        except subprocess.TimeoutExpired:
+            return [*found, f"nvidia-smi did not answer in {QUERY_S:g} s"]
+        for line in lines:
             gpu, _, count = line.rpartition(", ")
             if count.strip().isdigit() and int(count) > 0:
                 found.append(f"GPU {gpu}: {what}: {count.strip()}")
@@ -92,9 +105,14 @@ def _gpu_problems() -> list[str]:
 
 
 def _nvidia_smi(query: str) -> list[str]:
+    """Lines of the answer, none where there is no driver.
+
+    Raises:
+        TimeoutExpired: the driver does not answer.
+    """
     if shutil.which("nvidia-smi") is None:
         return []
-    result = subprocess.run(["nvidia-smi", query, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(["nvidia-smi", query, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=QUERY_S)
     return result.stdout.splitlines() if result.returncode == 0 else []
 
 

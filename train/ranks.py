@@ -72,9 +72,9 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
-    def gather(self, value: str | None) -> list[str | None]:
+    def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, on all ranks."""
-        found: list[str | None] = [None] * self.world
+        found: list[Any] = [None] * self.world
         dist.all_gather_object(found, value, group=self.control)
         return found
 

@@ -54,7 +54,7 @@ def _roll_back(run: RunDir, now: TrainState, config: CheckpointConfig) -> int | 
     partial = run.checkpoints / f".{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(folder, partial, copy_function=_link, ignore=shutil.ignore_patterns("state.json", "manifest.json"))
-    checkpoint.publish(run, partial, name, state, config)
+    checkpoint.publish(run, partial, name, state, config, written={})
     return good.step
 
 

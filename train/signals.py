@@ -30,10 +30,10 @@ def leave_when_asked(run: RunDir) -> None:
 
 
 class StopRequest:
-    """True once SIGTERM, SIGINT or SIGUSR2 came, or the stop file is there."""
+    """True once SIGTERM, SIGINT or SIGUSR2 came, or the stop file is there; for the file only rank 0 looks, since ranks agree on a stop."""
 
-    def __init__(self, run_dir: RunDir) -> None:
-        self._file = run_dir.stop_file
+    def __init__(self, run_dir: RunDir, rank: int) -> None:
+        self._file, self._looks = run_dir.stop_file, rank == 0
         self._signal: str | None = None
         for number in REQUESTS:
             signal.signal(number, self._handle)
@@ -45,7 +45,7 @@ class StopRequest:
         """Why this rank wants to stop, or None."""
         if self._signal:
             return self._signal
-        return f"{self._file} exists" if self._file.exists() else None
+        return f"{self._file} exists" if self._looks and self._file.exists() else None
 
 
 class SaveRequest:

@@ -7,7 +7,7 @@ that training depends on moves: no dropout, no random number, no gradient.
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,17 +18,18 @@ from data_pipeline.text.tokenizer import Tokenizer
 from train.config import Config, Stage
 from train.device import Device
 from train.engine import Engine
-from train.evaluate import BATCH_TOKENS, Scorer
+from train.evaluate import BATCH_TOKENS, Question, Scorer
 from train.ranks import Ranks
 from train.run_dir import RunDir, read_json, write_json
 from train.tracking.captions import Caption
 from train.tracking.trackers import Metrics
 
 TEXT = "text/nll"
+Asked = TypeVar("Asked", Segment, Question)
 
 
 class Validation:
-    """The held-out segments of one rank, read once, when they are first needed."""
+    """The held-out segments of one rank, read once, when they are first needed; of pictures, only those that it scores are decoded."""
 
     def __init__(self, config: Config, run: RunDir, tokenizer: Tokenizer, engine: Engine, ranks: Ranks, device: Device) -> None:
         self._config, self._engine, self._ranks, self._device = config, engine, ranks, device
@@ -96,20 +97,19 @@ class Validation:
 
     def _batches_of(self, scorer: Scorer) -> dict[str, list[PackedBatch]]:
         config = self._config.evaluate
-        segments: dict[str, Sequence[Segment]] = {}
-        for split, folder in config.splits.items():
-            for figure, found in scorer.captions(split, Path(folder), config.pictures).items():
-                segments[f"{split}/nll_{figure}"] = found
+        rank, world = self._ranks.rank, self._ranks.world
+        parts: dict[str, Sequence[Sequence[Segment]]] = {}
+        for name, folder in config.splits.items():
+            split = scorer.open(name, Path(folder))
+            for figure, questions in scorer.questions(split, config.pictures).items():
+                parts[f"{name}/nll_{figure}"] = [scorer.shown(split, part) for part in share(questions, rank, world)]
         if config.text:
-            segments[TEXT] = scorer.texts(Path(config.text))
+            parts[TEXT] = share(scorer.texts(Path(config.text)), rank, world)
         images, end = self._config.data.images, scorer.tokenizer.end
-        return {
-            name: [assemble(part, images.size, images.tokens, end) for part in share(found, self._ranks.rank, self._ranks.world)]
-            for name, found in segments.items()
-        }
+        return {name: [assemble(part, images.size, images.tokens, end) for part in found] for name, found in parts.items()}
 
 
-def share(segments: Sequence[Segment], rank: int, world: int) -> list[Sequence[Segment]]:
+def share(segments: Sequence[Asked], rank: int, world: int) -> list[Sequence[Asked]]:
     """The batches of one rank: each segment is one rank's, and all ranks have equally many batches, the last ones perhaps empty."""
     longest = max((len(segment.rendered.ids) for segment in segments), default=1)
     in_batch, in_rank = max(1, BATCH_TOKENS // longest), -(-len(segments) // world)

@@ -2,7 +2,8 @@
 
 Invariant: nothing here waits for another rank or for the main thread. A thread of each rank compares the last beat with the limit of its
 phase; the first that finds a silence notes it in `RUN/hang.json`, on which all ranks dump the stacks of all their threads to
-`RUN/logs/stacks-rank-N.txt`, and leave with code 75. A rank whose main thread holds the interpreter cannot run that thread: SIGUSR1, which
+`RUN/logs/stacks-rank-N.txt`, and leave with code 75 once the first has read what they say of themselves: only it reads the files of
+others, and while steps are done nobody looks for any. A rank whose main thread holds the interpreter cannot run that thread: SIGUSR1, which
 the launcher sends, makes it dump all the same. Beating costs an assignment; the heartbeat file is written by the thread.
 """
 
@@ -17,12 +18,15 @@ from dataclasses import asdict, dataclass
 
 from data_pipeline.errors import EXIT_TRY_AGAIN
 from train.config import WatchdogConfig
-from train.run_dir import RunDir, read_json, write_json
+from train.run_dir import RunDir, read_json
 
 TICK_S = 0.5
 _MARK = "== silent: "
 GRACE_S = 10.0
-"""How long a rank that found a silence waits for the stacks of the others."""
+"""How long the rank that found a silence waits for the stacks of the others."""
+LOOK_AFTER_S, LOOK_EVERY_S = 30.0, 5.0
+"""When a silent rank begins to look whether another found a silence, at the latest, and how often: ranks that wait for each other are
+silent for about as long as each other, so that half of the shortest limit is soon enough."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Watchdog:
     def __init__(self, config: WatchdogConfig, run: RunDir, rank: int, world: int) -> None:
         """Starts watching, in phase `start`."""
         self._limits, self._run, self._rank, self._world = asdict(config), run, rank, world
+        self._look_after = min([LOOK_AFTER_S, *(limit / 2 for limit in self._limits.values() if limit)])
         self.began = time.time()
         """When this rank's part of the life began, in seconds since 1970."""
         self._beat = (0, "start", 0)
@@ -73,10 +78,11 @@ class Watchdog:
         self._thread.join()
 
     def _watch(self) -> None:
-        seen, silent, last, noted = self._beat, 0.0, time.monotonic(), None
+        seen, silent, last, noted, look_at = self._beat, 0.0, time.monotonic(), None, self._look_after
         while not self._closed.wait(TICK_S):
             now, beat = time.monotonic(), self._beat
             silent = silent + min(now - last, 2 * TICK_S) if beat is seen else 0.0
+            look_at = look_at if silent else self._look_after
             seen, last = beat, now
             step, phase, beats = beat
             if self._rank == 0 and (beat is not noted or silent % 5 < TICK_S):
@@ -85,7 +91,9 @@ class Watchdog:
                 noted = beat
             limit = self._limits[phase]
             own = Silence(self._rank, phase, step, beats, silent, time.time())
-            if (limit and silent > limit) or (silent > 2 and found_silence(self._run, self.began)):
+            looks = silent > look_at
+            look_at += LOOK_EVERY_S if looks else 0.0
+            if (limit and silent > limit) or (looks and found_silence(self._run, self.began)):
                 self._end(own)
 
     def _end(self, own: Silence) -> None:
@@ -94,25 +102,39 @@ class Watchdog:
             self._stacks.write(f"{_MARK}{json.dumps(asdict(own))}\n")
             self._stacks.flush()
             faulthandler.dump_traceback(self._stacks, all_threads=True)
-            if not found_silence(self._run, self.began):
-                write_json(self._run.hang, asdict(own))
-            deadline = time.monotonic() + GRACE_S
-            while len(found := self._silences()) < self._world and time.monotonic() < deadline:
-                time.sleep(0.1)
-            if not self._run.outcome.exists():
-                self._run.write_outcome(EXIT_TRY_AGAIN, self._reason(found), own.step)
+            if self._is_first(own):
+                found = self._silences()
+                if not self._run.outcome.exists():
+                    self._run.write_outcome(EXIT_TRY_AGAIN, self._reason(found), own.step)
+            else:  # whoever leaves first takes the others with it
+                deadline = time.monotonic() + 2 * GRACE_S
+                while not self._run.outcome.exists() and time.monotonic() < deadline:
+                    time.sleep(1)
         os._exit(EXIT_TRY_AGAIN)
 
+    def _is_first(self, own: Silence) -> bool:
+        """Notes a silence; whether no other rank of this life has, however many find theirs at once. What a life before noted is gone."""
+        try:
+            with self._run.hang.open("x") as file:
+                json.dump(asdict(own), file)
+        except FileExistsError:
+            return False
+        return True
+
     def _silences(self) -> list[Silence]:
-        """What the ranks that dumped in this life say of themselves."""
-        found: list[Silence] = []
-        for rank in range(self._world):
-            with suppress(OSError, ValueError):
-                lines = [line for line in self._run.stacks(rank).read_text().splitlines() if line.startswith(_MARK)]
-                newest = Silence(**json.loads(lines[-1].removeprefix(_MARK))) if lines else None
-                if newest and newest.time > self.began:
-                    found.append(newest)
-        return found
+        """What the ranks that dumped in this life say of themselves; waits for those that have not yet."""
+        found: dict[int, Silence] = {}
+        deadline = time.monotonic() + GRACE_S
+        while True:
+            for rank in set(range(self._world)) - found.keys():
+                with suppress(OSError, ValueError):
+                    lines = [line for line in self._run.stacks(rank).read_text().splitlines() if line.startswith(_MARK)]
+                    newest = Silence(**json.loads(lines[-1].removeprefix(_MARK))) if lines else None
+                    if newest and newest.time > self.began:
+                        found[rank] = newest
+            if len(found) == self._world or time.monotonic() > deadline:
+                return [found[rank] for rank in sorted(found)]
+            time.sleep(TICK_S)
 
     def _reason(self, found: list[Silence]) -> str:
         """Names the ranks that are furthest behind, since the others wait for them; one that did not even dump comes before all.

@@ -1,5 +1,6 @@
 """When a job is requeued and when it stops, and which nodes preflight blames: decided by pure functions."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from slurm.config import PreflightConfig, SlurmConfig
 from slurm.job_dir import JobDir
 from slurm.life import stalled
 from slurm.preflight import EXIT_EXCLUDE, judge_blind, problems
+from train import preflight
 
 NODES = ["node01", "node02", "node03", "node04"]
 SETTINGS = SlurmConfig(gpus_per_node=8)
@@ -84,6 +86,8 @@ def test_the_node_at_fault_is_named_with_the_reason_and_no_other(fault, says):
 def test_a_node_that_hangs_is_blamed_and_not_those_that_wait_for_it():
     facts = {node: {**said, "absent": [2]} for node, said in measured().items()}
     facts["node03"] = {"versions": {"torch": "2.10"}, "write": None}
+    assert problems(facts, NODES, SETTINGS) == {"node03": "did not finish measuring; did not come to the all-reduce"}
+    facts["node03"] = {**measured()["node02"], "absent": [2]}
     assert problems(facts, NODES, SETTINGS) == {"node03": "did not come to the all-reduce"}
     assert problems({n: f for n, f in facts.items() if n != "node03"}, NODES, SETTINGS) == {"node03": "said nothing"}
 
@@ -93,6 +97,40 @@ def test_a_failed_sum_is_everybodys_where_no_node_is_at_fault():
     assert set(problems(facts, NODES, SETTINGS)) == set(NODES)
     facts["node03"]["gpus"] = 7
     assert set(problems(facts, NODES, SETTINGS)) == {"node03"}
+
+
+def spoken(*keys):
+    """What a node has said that was ended then."""
+    return {key: value for key, value in measured()["node01"].items() if key in keys}
+
+
+def test_a_node_that_did_not_finish_measuring_is_not_fit():
+    assert problems({"node01": spoken("versions", "write")}, NODES[:1], SETTINGS) == {"node01": "did not finish measuring"}
+
+
+def test_nodes_that_hang_in_the_all_reduce_until_they_are_ended_are_not_fit():
+    began = spoken("versions", "write", "gpus", "gpu_problems", "tflops")
+    hung = "did not finish the all-reduce"
+    assert problems(dict.fromkeys(NODES, began), NODES, SETTINGS) == dict.fromkeys(NODES, hung)
+    facts = {node: {**began, "all_reduce_problem": "connection reset"} for node in NODES}
+    assert problems({**facts, "node03": began}, NODES, SETTINGS) == {"node03": hung}
+    facts = {**dict.fromkeys(NODES, began), "node03": {**began, "gpu_problems": ["GPU 3: uncorrected ECC errors: 2"]}}
+    assert list(problems(facts, NODES, SETTINGS)) == ["node03"], "the one that may have made the others hang"
+
+
+def test_the_first_node_is_blamed_for_its_own_crash_and_not_the_one_that_cannot_reach_it():
+    facts = {"node01": spoken("versions", "write"), "node02": {**measured()["node02"], "all_reduce_problem": "timed out"}}
+    del facts["node02"]["all_reduce_ms"], facts["node02"]["clock_skew"]
+    assert problems(facts, NODES[:2], SETTINGS) == {"node01": "did not finish measuring"}
+
+
+def test_a_driver_that_does_not_answer_is_reported_and_ends_no_preflight(tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(preflight, "QUERY_S", 0.1)
+    assert preflight._gpu_problems() == ["nvidia-smi did not answer in 0.1 s"]
+    assert preflight._versions()["driver"] == "silent"
 
 
 def test_a_rate_is_not_judged_where_the_limit_is_zero():

@@ -9,8 +9,15 @@ import pytest
 import yaml
 from slurm_runs import without_torch
 
+from data_pipeline import jsonl
 from data_pipeline.errors import EXIT_USER
+from slurm import config as slurm_config
 from slurm.cli import main
+from slurm.job_dir import JobDir
+from slurm.status import describe
+from slurm.submit import wasteful
+from train import configure
+from train.run_dir import RunDir
 
 
 @pytest.mark.parametrize(
@@ -19,6 +26,7 @@ from slurm.cli import main
         ("slurm.node=2", "did you mean nodes?"),
         ("train.step=3", "did you mean steps?"),
         ("slurm.nodes=0", "slurm.nodes"),
+        ("slurm.gpus_per_node=4; slurm.ranks_per_node=8", "slurm.ranks_per_node"),
         ("slurm.time=soon", "slurm.time"),
         ("slurm.warn=5000", "slurm.warn"),
         ("slurm.env={HF_TOKEN: x}", "slurm.env.HF_TOKEN"),
@@ -49,6 +57,20 @@ def test_what_cannot_work_is_refused_in_one_line_with_its_cure_and_nothing_is_wr
     assert says in errors[0]
     assert "(" in errors[0]
     assert not stage.path.exists()
+
+
+@pytest.mark.parametrize(("ranks", "said"), [(None, []), (8, []), (2, ["slurm.ranks_per_node: 2 ranks a node use 2 of its 8 GPUs"])])
+def test_gpus_without_a_rank_are_told(slurm_stage, ranks, said):
+    stage = slurm_stage(slurm={"gpus_per_node": 8, "ranks_per_node": ranks}, data={"global_batch": 16})
+    lines = wasteful(configure.load(stage.config), slurm_config.load(stage.config))
+    assert [line.partition(" (")[0] for line in lines] == said
+
+
+def test_status_shows_a_loss_that_is_not_finite(tmp_path):
+    run = RunDir(tmp_path)
+    line = {"step": 3, "life": 1, "time": 1.0, "progress": 0.25, "throughput/tokens_per_s": 10.0}
+    jsonl.append(run.metrics, [{**line, "loss/train": 2.5}, {**line, "step": 4, "loss/train": None}])
+    assert "step       4, 25.0%, loss nan, 10 tokens/s" in describe(JobDir(tmp_path))[0]
 
 
 def test_a_dry_run_prints_the_script_asks_sbatch_writes_nothing_and_needs_no_torch(cluster, slurm_stage, tmp_path):

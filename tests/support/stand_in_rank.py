@@ -98,7 +98,7 @@ def main() -> None:
 
 def live(run: RunDir, steps: int, every: int, rank: int, peers: Peers, watchdog: Watchdog) -> tuple[int, str, int]:
     """One life; returns how it ended."""
-    stop, go = StopRequest(run), run.path / "go"
+    stop, go = StopRequest(run, rank), run.path / "go"
     holds_at, fails_at = (int(os.environ.get(f"STAND_IN_{what}_AT", -1)) for what in ("HOLDS", "FAILS"))
     newest = max(run.checkpoints.glob("step-*/manifest.json"), default=None)
     step = int(newest.parent.name[5:]) if newest else 0

@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import threading
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -165,6 +166,39 @@ def test_a_write_that_fails_is_told_at_the_next_step_and_harms_no_other(run, mon
         writer.check()
     assert steps(run) == [1]
     assert not list(run.checkpoints.glob(".*partial"))
+
+
+@dataclass(frozen=True)
+class BesideAnother(Alone):
+    """A rank beside one that says that it wrote these files, by their sizes."""
+
+    written: dict[str, int] = field(default_factory=dict)
+
+    def gather(self, value):
+        return [value, (None, self.written)]
+
+
+class ModelBesideAnother(Model):
+    """The other rank's file has two bytes."""
+
+    def snapshot(self, folder: Path, tag: str):
+        (folder / tag / "other.pt").write_bytes(b"12")
+        return super().snapshot(folder, tag)
+
+
+@pytest.mark.parametrize(
+    ("written", "why"),
+    [({"other.pt": 2}, None), ({"other.pt": 3}, "other.pt has 2 bytes, of 3"), ({"gone.pt": 2}, "gone.pt was written by a rank and")],
+)
+def test_a_checkpoint_that_lacks_what_another_rank_wrote_is_not_made_visible(run, written, why):
+    before = make(run, Model())
+    before.save(state(1))
+    before.wait()
+    writer = Writer(run, ModelBesideAnother(), BesideAnother(0, 2, 0, None, written=written), CheckpointConfig())
+    writer.save(state(2))
+    with pytest.raises(UserError, match=f"cannot write checkpoint .*step-00000002: {why}") if why else nullcontext():
+        writer.wait()
+    assert steps(run) == ([1] if why else [1, 2])
 
 
 def test_a_copy_has_the_containers_and_numbers_of_what_it_is_a_copy_of_and_none_of_its_memory():

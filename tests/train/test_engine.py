@@ -29,13 +29,21 @@ def test_by_default_nothing_is_offloaded_and_batches_are_counted_as_deepspeed_co
 
 @pytest.mark.parametrize("device", ["cpu", "nvme"])
 def test_offload_and_zero_pp_are_what_deepspeed_understands(device):
-    offload = OffloadConfig(optimizer=OffloadTo(device), parameters=OffloadTo(device), nvme_path="/local/disk")
+    offload = OffloadConfig(optimizer=OffloadTo.cpu, parameters=OffloadTo(device), nvme_path="/local/disk")
     made = settings(stage=3, offload=offload, zero_pp=ZeroPPConfig(8, quantized_weights=True, quantized_gradients=True))
     known = DeepSpeedZeroConfig(**made["zero_optimization"])
-    assert known.offload_optimizer.device == known.offload_param.device == device
-    assert (str(known.offload_optimizer.nvme_path) == "/local/disk") == (device == "nvme")
+    assert (known.offload_optimizer.device, known.offload_param.device) == ("cpu", device)
+    assert (str(known.offload_param.nvme_path) == "/local/disk") == (device == "nvme")
     assert known.offload_optimizer.pin_memory
     assert (known.zero_hpz_partition_size, known.zero_quantized_weights, known.zero_quantized_gradients) == (8, True, True)
+
+
+def test_trained_weights_stay_in_host_memory_where_frozen_ones_go_to_a_disk():
+    """DeepSpeed 0.19.8 fails to load a checkpoint into trained weights of which more than `max_in_cpu` lie on one rank."""
+    offload = OffloadConfig(optimizer=OffloadTo.cpu, parameters=OffloadTo.nvme, nvme_path="/local/disk")
+    config = Config(deepspeed=DeepSpeedConfig(stage=3, offload=offload))
+    made = engine_json(config, world=1, micro_steps=1, dtype=torch.bfloat16, trainable=7_000_000_000)
+    assert DeepSpeedZeroConfig(**made["zero_optimization"]).offload_param.max_in_cpu == 7_000_000_000
 
 
 def test_extra_overrides_one_key_of_a_section_and_leaves_the_others():

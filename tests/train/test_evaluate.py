@@ -1,6 +1,8 @@
 """Held-out figures mean what they say, and decoding is what the model's own logits prefer."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,14 +11,20 @@ import torch.nn.functional as F
 from stages import stage_settings
 
 from data_pipeline.batch import assemble
+from data_pipeline.config import ImageRule
 from data_pipeline.errors import UserError
+from data_pipeline.read import images
 from data_pipeline.read.images import Picture
 from data_pipeline.text.tokenizer import Tokenizer
 from train import configure
 from train.config import Config
 from train.evaluate import Scorer, Scores, share_stderr
 from train.generate import greedy_captions
+from train.held_out import HeldOut
 from train.model.xcomposer2 import XComposer2
+from train.ranks import Ranks
+from train.run_dir import RunDir
+from train.validate import Validation
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +108,38 @@ def test_pictures_of_one_concept_count_together_in_a_standard_error():
     assert Scores(nll, tokens).stderr(of) == pytest.approx(np.std([nll[d].sum() / tokens[d].sum() for d in draws]), rel=0.05)
     assert share_stderr(hits, of) == pytest.approx(np.std([hits[d].mean() for d in draws]), rel=0.05)
     assert share_stderr(hits, of) > 1.4 * share_stderr(hits), "as if each told something of its own"
+
+
+def test_on_the_way_each_rank_decodes_the_pictures_that_it_scores_and_no_others(scorer, demo, tmp_path, monkeypatch):
+    folder, world = demo.source("heldout/unseen_picture/test"), 3
+    items = json.loads((folder / "candidates.json").read_text())["items"][::10]
+    assert len(items) == 20
+    config = replace(scorer.config, evaluate=replace(scorer.config.evaluate, splits={"x": str(folder)}, pictures=20))
+    expected = {figure: scorer.score(segments) for figure, segments in scorer.captions("x", folder, 20).items()}
+    decoded, decode = [], images.load_square
+    monkeypatch.setattr(images, "load_square", lambda *arguments: decoded.append(1) or decode(*arguments))
+    found = []
+    for rank in range(world):
+        engine, ranks = SimpleNamespace(module=scorer.model), Ranks(rank, world, rank, None)
+        found.append(Validation(config, RunDir(tmp_path), scorer.tokenizer, engine, ranks, None)._read())
+        own = items[rank * 7 : rank * 7 + 7]
+        assert len(decoded) == len({key for item in own for key in (item["key"], item["wrong_image"])})
+        decoded.clear()
+    for figure, scores in expected.items():
+        batches = [part[f"x/nll_{figure}"] for part in found]
+        assert len({len(of_rank) for of_rank in batches}) == 1, "ranks stay together"
+        with torch.no_grad():
+            total = sum(scorer.model(batch).loss_sum.item() for of_rank in batches for batch in of_rank)
+        assert total == pytest.approx(scores.nll.sum(), rel=1e-5)
+    assert len(scorer.pictures("x", folder, 3)) == len(decoded) == 3
+
+
+def test_how_many_tokens_a_picture_takes_is_known_before_it_is_decoded(scorer, demo):
+    policy = replace(scorer.images, policy=ImageRule.partition, most_tiles=4)
+    split = HeldOut(scorer._open("x", demo.source("heldout/unseen_picture/test")), scorer.tokenizer, policy)
+    known = split.tokens()
+    assert known == {key: picture.tokens for key, picture in split.pictures().items()}
+    assert min(known.values()) > scorer.images.tokens, "a global view and tiles"
 
 
 def test_held_out_data_of_another_tokenizer_or_without_its_pictures_is_refused(scorer, demo, tmp_path):

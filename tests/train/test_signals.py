@@ -9,6 +9,7 @@ import pytest
 
 from data_pipeline.errors import EXIT_TRY_AGAIN
 from train.run_dir import RunDir
+from train.signals import REQUESTS, StopRequest
 
 STARTING = """
 import sys, time
@@ -30,6 +31,21 @@ def test_a_rank_that_is_asked_to_stop_before_it_trains_leaves_at_once_and_says_s
     outcome = RunDir(tmp_path).read_outcome()
     assert outcome["code"] == EXIT_TRY_AGAIN
     assert f"asked to stop ({number.name}) before the first step" in outcome["reason"]
+
+
+def test_only_rank_0_looks_for_the_stop_file_and_every_rank_hears_a_signal(tmp_path):
+    before = {number: signal.getsignal(number) for number in REQUESTS}
+    first, other = (StopRequest(RunDir(tmp_path), rank) for rank in (0, 1))
+    try:
+        assert first.reason() is other.reason() is None
+        (tmp_path / "stop").touch()
+        assert first.reason() == f"{tmp_path}/stop exists"
+        assert other.reason() is None
+        signal.raise_signal(signal.SIGUSR2)
+        assert other.reason() == "SIGUSR2"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_until_its_first_step_a_run_that_is_asked_to_stop_leaves_at_once_whatever_it_loads_or_rehearses(stage):

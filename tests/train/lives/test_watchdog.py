@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,12 +84,13 @@ def test_beats_keep_it_quiet_and_the_first_step_has_the_limit_of_the_start(run):
 
 SLEEPING = """
 import sys, time
+from train import watchdog
 from train.config import WatchdogConfig
 from train.run_dir import RunDir
-from train.watchdog import Watchdog
-run, phase = sys.argv[1:]
-limits = {name: 0.5 if name == phase else 3600 for name in ("start", "data", "forward", "checkpoint")}
-watchdog = Watchdog(WatchdogConfig(**limits), RunDir(run), 0, 1)
+run, phase, rank, world, limit = sys.argv[1:]
+watchdog.LOOK_AFTER_S = 1
+limits = {name: float(limit) if name == phase else 3600 for name in ("start", "data", "forward", "checkpoint")}
+watchdog = watchdog.Watchdog(WatchdogConfig(**limits), RunDir(run), int(rank), int(world))
 if phase != "start":
     watchdog.started()
 watchdog.beat(7, phase)
@@ -101,11 +103,44 @@ sleep_in_this_phase()
 @pytest.mark.parametrize("phase", ["start", "data", "forward", "checkpoint"])
 def test_each_phase_has_a_limit_of_its_own_and_the_outcome_names_it(run, phase):
     began = time.monotonic()
-    rank = subprocess.run([sys.executable, "-c", SLEEPING, str(run.path), phase], timeout=50)
+    rank = subprocess.run([sys.executable, "-c", SLEEPING, str(run.path), phase, "0", "1", "0.5"], timeout=50)
     assert rank.returncode == EXIT_TRY_AGAIN
     assert time.monotonic() - began < 50, "and not when the sleep is over"
     assert f"in phase {phase} after step 7, watchdog.{phase} is 0.5" in run.read_outcome()["reason"]
     assert "sleep_in_this_phase" in run.stacks(0).read_text()
+
+
+def test_all_ranks_dump_and_leave_when_one_found_a_silence_whose_own_limits_are_long(run):
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", SLEEPING, str(run.path), "data", str(rank), "3", limit])
+        for rank, limit in enumerate(["3600", "3600", "2"])
+    ]
+    assert {rank.wait(timeout=50) for rank in ranks} == {EXIT_TRY_AGAIN}
+    assert "ranks 0, 1, 2 were silent" in run.read_outcome()["reason"]
+    assert all("sleep_in_this_phase" in run.stacks(rank).read_text() for rank in range(3))
+
+
+def test_of_many_ranks_that_find_a_silence_at_once_one_reads_what_all_say(run):
+    own = Silence(0, "data", 3, 8, seconds=9.0, time=time.time())
+    watchdogs = [Watchdog(WatchdogConfig(), run, rank, 16) for rank in range(16)]
+    with ThreadPoolExecutor(16) as pool:
+        first = list(pool.map(lambda watchdog: watchdog._is_first(own), watchdogs))
+    for watchdog in watchdogs:
+        watchdog.close()
+    assert sum(first) == 1
+
+
+def test_a_rank_that_waits_no_longer_than_usual_looks_at_no_file_of_others(run, monkeypatch):
+    looked = []
+    monkeypatch.setattr("train.watchdog.found_silence", lambda run, _: looked.append(run))
+    hanging = RunDir(run.path)
+    usual = Watchdog(WatchdogConfig(start=600), run, rank=1, world=2)
+    hung = Watchdog(WatchdogConfig(start=4 * TICK_S), hanging, rank=1, world=2)
+    usual._end = hung._end = lambda own: None
+    time.sleep(8 * TICK_S)
+    usual.close()
+    hung.close()
+    assert set(looked) == {hanging}, "only the one that was silent for half of its limit"
 
 
 @pytest.mark.parametrize(
