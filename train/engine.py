@@ -227,6 +227,7 @@ class Engine:
             self._engine.backward(self._engine(batch).loss_sum * 0.0, scale_wrt_gas=False)
         self._engine._is_gradient_accumulation_boundary = None  # DeepSpeed counts micro-batches again; it has no call for that
         del held
+        get_accelerator().empty_cache()  # it goes back whole: cut up for smaller tensors, it would leave holes between them
 
     def step(self, lr: float) -> int:
         """Moves the weights; returns 1 where weights and optimizer were left alone because a gradient was not finite, else 0."""
