@@ -72,6 +72,7 @@ def held(config: Config, dtype: torch.dtype, batch: PackedBatch, ranks: Ranks) -
     engine.step(1e-3)
     add_gradient(engine, batch)
     size = sum(size for address, size in storages().items() if address not in before)
+    engine.step(1e-3)
     added.append(sizes_in_rehearsal(engine, batch))
     moments = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if value.dim())
     return {"bytes": size, "rooms": [sum(abs(size - moments) < moments / 50 for size in sizes) for sizes in added]}
