@@ -13,7 +13,7 @@ from train.config import Config
 from train.device import Device
 from train.engine import partition
 from train.flops import StepCost
-from train.model.attention import choose_backend
+from train.model.attention import choose_backend, spoken
 from train.model.xcomposer2 import XComposer2
 from train.optim import Group
 from train.ranks import Ranks
@@ -29,7 +29,7 @@ class Built:
     frozen: list[Group]
     cost: StepCost
     attention: str
-    """The backend that runs: flash, torch_varlen or sdpa."""
+    """The backend that runs: flash, torch_varlen or sdpa; and why, where another was to be expected."""
 
 
 def build_model(config: Config, device: Device, ranks: Ranks | None = None) -> Built:
@@ -51,4 +51,4 @@ def build_model(config: Config, device: Device, ranks: Ranks | None = None) -> B
         model.to_empty(device=device.torch_device)
         initial.fill(dict(model.named_parameters()))
     model.apply_cost_settings(config.train.checkpointing, config.train.compile, attention)
-    return Built(model, trained, frozen, cost, attention)
+    return Built(model, trained, frozen, cost, spoken(attention, config.train.attention.value))

@@ -14,6 +14,9 @@ from data_pipeline.errors import EXIT_DONE, UserError
 from train.config import Config
 from train.run_dir import RunDir, write_atomic
 
+GPU_DRIVERS = ("/proc/driver/nvidia", "/dev/kfd")
+"""One of these is where a machine has GPUs."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
@@ -119,13 +122,13 @@ def _run(args: argparse.Namespace) -> int:
     dirs = [c.run.dir for c in configs]
     if len(set(dirs)) < len(dirs):
         raise UserError(f"two stages share run.dir {next(d for d in dirs if dirs.count(d) > 1)} (give each its own)")
+    procs = _ranks(args.procs)
     for i, config in enumerate(configs):
         _check_stage(config, earlier=configs[:i])
 
     from train.extensions import prepare_deepspeed, prepared
     from train.launch import run_stage
 
-    procs = args.procs or _default_procs()
     for config in configs:
         configure.data_parallel(config, procs)
     if not prepared():
@@ -200,10 +203,22 @@ def _check_stage(config: Config, earlier: list[Config]) -> None:
             raise UserError(f"{run.path} belongs to another config: {key} differs (choose another run.dir, or delete that one{others})")
 
 
-def _default_procs() -> int:
+def _ranks(asked: int | None) -> int:
+    """How many to start: those that were asked for, else one a GPU, or 1.
+
+    Raises:
+        UserError: there are GPUs, and fewer.
+    """
+    if asked and not any(Path(driver).exists() for driver in GPU_DRIVERS):
+        return asked  # without torch, whose import costs more than all else here
     import torch
 
-    return max(1, torch.cuda.device_count())
+    gpus = torch.cuda.device_count()
+    if asked and 0 < gpus < asked:
+        from train.device import too_many_ranks
+
+        raise too_many_ranks(asked, gpus)
+    return asked or max(1, gpus)
 
 
 def _evaluate_apart(run_dir: Path) -> int:

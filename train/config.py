@@ -93,7 +93,7 @@ class Checkpointing:
 class Attention(Enum):
     """What computes attention inside segments; results differ by rounding."""
 
-    auto = "auto"  # flash where it is installed, else torch_varlen; sdpa on CPUs and in fp32
+    auto = "auto"  # flash where it can be imported, else torch_varlen; sdpa on CPUs and in fp32
     flash = "flash"  # flash-attn 2: a GPU and bf16
     torch_varlen = "torch_varlen"  # torch.nn.attention.varlen: a GPU and bf16
     sdpa = "sdpa"  # torch's scaled_dot_product_attention, segments of like length together: everywhere

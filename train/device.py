@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.errors import UserError
 from train.config import Precision
 
 _BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
@@ -42,7 +43,13 @@ class Device:
 
 
 def choose(precision: Precision, local_rank: int) -> Device:
-    """The device of a rank and the format that `train.precision` means on it."""
+    """The device of a rank and the format that `train.precision` means on it.
+
+    Raises:
+        UserError: a machine with GPUs has none for this rank.
+    """
+    if torch.cuda.is_available() and local_rank >= torch.cuda.device_count():
+        raise too_many_ranks(local_rank + 1, torch.cuda.device_count())
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -53,6 +60,12 @@ def choose(precision: Precision, local_rank: int) -> Device:
         return Device(device, torch.bfloat16 if fast else torch.float32, f"GPU {'has' if fast else 'lacks'} bf16")
     fast = cpu_has_bf16()
     return Device(device, torch.bfloat16 if fast else torch.float32, f"processor {'has' if fast else 'lacks'} bf16")
+
+
+def too_many_ranks(ranks: int, gpus: int) -> UserError:
+    """What is said of at least so many ranks on a machine, where each needs a GPU of its own."""
+    cure = f"start {gpus}: --procs, slurm.ranks_per_node or torchrun's --nproc-per-node; or show each rank all GPUs: CUDA_VISIBLE_DEVICES"
+    return UserError(f"{ranks} ranks on a machine that shows {gpus} {'GPU' if gpus == 1 else 'GPUs'} ({cure})")
 
 
 def cpu_has_bf16() -> bool:

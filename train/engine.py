@@ -15,6 +15,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.checkpoint.constants import OPTIMIZER_STATE_DICT
 from deepspeed.runtime import compiler
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from data_pipeline.errors import UserError
 from train.config import Config, DeepSpeedConfig, OffloadTo
 from train.configure import data_parallel
 from train.device import Device
-from train.memory import REDUCE_BUCKET, require_trainable
+from train.memory import REDUCE_BUCKET, moments, require_trainable
 from train.model.xcomposer2 import Losses
 from train.objective import scaled_loss
 from train.optim import set_lr
@@ -35,6 +36,8 @@ compiler.compile = lambda: lambda function: function
 
 Files = dict[Path, Any]
 """What belongs into which file, all of it on the CPU and nobody else's."""
+_OPTIMIZER = ("optimizer", OPTIMIZER_STATE_DICT)
+"""What the optimizer's part is called in files without and with ZeRO."""
 
 
 def engine_json(config: Config, world: int, micro_steps: int, dtype: torch.dtype, trainable: int) -> dict[str, Any]:
@@ -51,13 +54,20 @@ def engine_json(config: Config, world: int, micro_steps: int, dtype: torch.dtype
         "gradient_clipping": config.train.grad_clip,
         "steps_per_print": 1 << 30,
     }
-    return _overridden(settings, config.deepspeed.extra)
+    made = _overridden(settings, config.deepspeed.extra)
+    if not made["zero_optimization"].get("zero_quantized_gradients"):  # whose kernel reads 16-bit numbers
+        made.setdefault("communication_data_type", "fp32")  # else ranks' gradients are summed in bf16, where small ones are lost
+    return made
 
 
 def _settings(config: Config, model: nn.Module, ranks: Ranks, dtype: torch.dtype) -> dict[str, Any]:
     micro_steps = -(-config.data.global_batch // (data_parallel(config, ranks.world) * config.data.micro_packs))
-    trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-    return engine_json(config, ranks.world, micro_steps, dtype, trainable)
+    return engine_json(config, ranks.world, micro_steps, dtype, _trainable(model))
+
+
+def _trainable(model: nn.Module) -> int:
+    """Trained numbers, those on other ranks too."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
 
 
 def _zero_json(engine: DeepSpeedConfig, trainable: int) -> dict[str, Any]:
@@ -114,13 +124,21 @@ def partition(config: Config, model: nn.Module, ranks: Ranks, device: Device, fi
 
 
 class _Snapshots(TorchCheckpointEngine):
-    """Keeps copies of what DeepSpeed wants to write."""
+    """Keeps copies of what DeepSpeed wants to write, and maps what it wants to read."""
 
     taken: Files
 
     def save(self, state_dict: Any, path: str) -> None:
         """Copies everything that training will change."""
         self.taken[Path(path)] = _copied(state_dict)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """The weights of a file lie in memory once for all ranks of a node, which copy them out of it.
+
+        The optimizer keeps what it is given: that is copied, since the file may go while training runs.
+        """
+        found = torch.load(path, map_location=map_location, mmap=True, weights_only=False)
+        return {key: _copied(value) if key in _OPTIMIZER else value for key, value in found.items()}
 
 
 def _copied(value: Any) -> Any:
@@ -163,7 +181,7 @@ class Engine:
             raise UserError(f"deepspeed: {str(error).splitlines()[0]} (see deepspeed.stage and deepspeed.extra)") from None
         self._snapshots = self._engine.checkpoint_engine = _Snapshots()
         self._engine.train()
-        self._world = ranks.world
+        self._world, self._adamw, self._moments = ranks.world, optimizer, moments(_trainable(model), config, ranks.world)
         self._checks_itself = config.deepspeed.stage == 0 and dtype is torch.float32
         self._norm = math.nan
 
@@ -199,11 +217,18 @@ class Engine:
             self._engine.step()  # moves nothing yet: this is how the engine counts micro-batches
 
     def rehearse(self, batch: PackedBatch) -> None:
-        """Runs a micro-batch forward and backward, the exchange between ranks too, before a step: to its gradient it adds zero."""
+        """Runs a micro-batch forward and backward, the exchange between ranks too, before a step: to its gradient it adds zero.
+
+        Of a fresh optimizer the first step makes the moments: until then their room is held empty, or memory would end only later.
+        """
+        fresh = not any(self._adamw.state.values())
+        held = torch.empty(self._moments if fresh else 0, dtype=torch.uint8, device=self._engine.device)
         self._engine.set_gradient_accumulation_boundary(True)
         with torch.random.fork_rng([batch.images.device] if batch.images.is_cuda else []):
             self._engine.backward(self._engine(batch).loss_sum * 0.0, scale_wrt_gas=False)
         self._engine._is_gradient_accumulation_boundary = None  # DeepSpeed counts micro-batches again; it has no call for that
+        del held
+        get_accelerator().empty_cache()  # it goes back whole: cut up for smaller tensors, it would leave holes between them
 
     def step(self, lr: float) -> int:
         """Moves the weights; returns 1 where weights and optimizer were left alone because a gradient was not finite, else 0."""

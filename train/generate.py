@@ -18,7 +18,7 @@ from data_pipeline.batch import PackedBatch, Segment, assemble
 from data_pipeline.read.images import Picture
 from data_pipeline.text.templates import Rendered
 from data_pipeline.text.tokenizer import Tokenizer
-from train.model.attention import Segments, choose_backend, longest_plain, varlen_attention
+from train.model.attention import Segments, longest_plain, varlen_attention
 from train.model.xcomposer2 import XComposer2
 
 
@@ -61,6 +61,8 @@ class KeyValueCache:
         self._values: list[Tensor] = []
         self._layer = 0
         """Which layer calls next: they call in order."""
+        self._backend = ""
+        """What attends inside the prompts."""
         self._positions_B = self._bias = torch.empty(0)
 
     @torch.no_grad()
@@ -68,7 +70,8 @@ class KeyValueCache:
         """Runs the prompts, which are the segments of `batch`; returns the logits [B, vocab] after each."""
         x_TD = model.embed(batch)
         grown = (*self._grown, batch.segment_lengths[-1])
-        segments = replace(Segments.build(batch.segment_lengths, batch.cu_seqlens, x_TD.dtype), cache=self._keep, grown=grown)
+        segments = Segments.build(batch.segment_lengths, batch.cu_seqlens, x_TD.dtype, model.attention)
+        segments, self._backend = replace(segments, cache=self._keep, grown=grown), segments.backend
         hidden_TD = model.decoder(x_TD, batch.position_ids, segments, batch.image_index)
         ends_B = batch.cu_seqlens[1 : 1 + len(self.lengths)].long() - 1
         return model.head(hidden_TD, ends_B)
@@ -112,8 +115,7 @@ class KeyValueCache:
 
     def _attend(self, q_BKGH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor) -> Tensor:
         """With the scores of each text rounded as they are where it is run anew: in half precision that decides between close words."""
-        backend = choose_backend(q_BKGH.device, q_BKGH.dtype)
-        limit = longest_plain(q_BKGH.dtype) if backend == "sdpa" else 0
+        limit = longest_plain(q_BKGH.dtype) if self._backend == "sdpa" else 0
         plain = [length <= limit for length in self.lengths]
         by_kernel = None if all(plain) else F.scaled_dot_product_attention(q_BKGH, k_BKLH, v_BKLH, attn_mask=self._bias)
         if not any(plain):

@@ -99,7 +99,7 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
     engine = Engine(config, built.model, optim.adamw(built.trained, built.model, config.train), ranks, device.dtype, universal=reshaped)
     state, resumed = _resume(config, run, ranks, device, data, engine, folder, saved, lambda: watchdog.beat(0, "start"))
     reporter = Reporter(config, run, ranks, terminal, peak_flops(device.name))
-    figures = Figures(config, data, optim.highest_scales(built.trained), run.lived_s() + time.time() - watchdog.began)
+    figures = Figures(config, data, optim.highest_scales(built.trained), _lived_s(run, ranks, watchdog.began))
     if ranks.rank == 0:
         begins = f"resumed from step {state.step}" if resumed else "started"
         engine_of = f"ZeRO-{config.deepspeed.stage}, {device.dtype} ({device.reason}), attention by {built.attention}"
@@ -147,9 +147,7 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
     ending = Ending(EXIT_DONE, "done", state.step)
     stopwatch, asked = Stopwatch(device.torch_device), time.monotonic()
     watchdog.beat(state.step, "data")
-    for step in loader:
-        if config.train.steps is not None and state.step >= config.train.steps:
-            break
+    for step in () if _is_done(config, state) else loader:
         over = budget.overdrawn(state.totals, budgets)
         if over:
             cure = f"see xc-data ledger {run.path}; raise that to go on, or leave those samples out of a new run"
@@ -226,9 +224,11 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
             saved_step = state.step if ending.again else saved_step
             break
         writer.check()
+        watchdog.started()
+        if _is_done(config, state):  # before another batch is asked for: it need not be there any more
+            break
         asked = time.monotonic()
         stopwatch.start()
-        watchdog.started()
         watchdog.beat(state.step, "data")
 
     watchdog.beat(state.step, "checkpoint")
@@ -305,6 +305,16 @@ def _given_up(config: Config, run: RunDir, ranks: Ranks, state: TrainState, guar
         why += f", and {found}"
     cure = f"see {run.path}/skipped; lower train.lr or mend the data in a new run, or run the same command to try again"
     return Ending(EXIT_NEEDS_PERSON, f"{config.run.name}: stopped after step {state.step}: {why} ({cure})", state.step)
+
+
+def _is_done(config: Config, state: TrainState) -> bool:
+    """Whether a run in steps has done them; one in data ends with its plan."""
+    return config.train.steps is not None and state.step >= config.train.steps
+
+
+def _lived_s(run: RunDir, ranks: Ranks, began: float) -> float:
+    """Seconds of the lives until now, this one since `began` included; rank 0 alone tells it, and reads the metrics of a life for it."""
+    return run.lived_s() + time.time() - began if ranks.rank == 0 else 0.0
 
 
 def _progress(config: Config, step: StepData) -> float:

@@ -39,7 +39,9 @@ class Memory:
     optimizer: int
     """Moments and, where weights are no fp32 or are partitioned, their fp32 masters."""
     buffers: int
-    """What the reduction of gradients needs besides; ZeRO-3 alone keeps it when the backward pass is over."""
+    """The bucket in which gradients wait to be summed over ranks; ZeRO-3 alone keeps it when the backward pass is over."""
+    exchange: int
+    """Copies of a bucket while it is summed: end to end, and in the format of the sum."""
     gathered: int
     """ZeRO-3: the weights of the largest block, whole while it runs."""
     activations: int
@@ -65,6 +67,13 @@ def require_trainable(stage: int, dtype: torch.dtype) -> None:
         )
 
 
+def moments(trained: int, config: Config, world: int) -> int:
+    """Bytes of AdamW's two moments of `trained` numbers that a rank has on its device; the first step makes them."""
+    if _offloads(config.deepspeed.offload.optimizer, _zero_extra(config).get("offload_optimizer", {})):
+        return 0
+    return 2 * FP32 * (-(-trained // world) if config.deepspeed.stage else trained)
+
+
 def states(model: nn.Module, config: Config, world: int, dtype: torch.dtype) -> Memory:
     """Weights, gradients and optimizer state as DeepSpeed holds them between a backward pass and the step; no activations.
 
@@ -72,17 +81,20 @@ def states(model: nn.Module, config: Config, world: int, dtype: torch.dtype) -> 
         UserError: see `require_trainable`.
     """
     stage, size, offload = config.deepspeed.stage, dtype.itemsize, config.deepspeed.offload
-    zero: dict[str, Any] = config.deepspeed.extra.get("zero_optimization", {})
+    zero = _zero_extra(config)
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     whole = sum(p.numel() for p in parameters)
     part = -(-trained // world)
     require_trainable(stage, dtype)
     if stage == 0:
-        return Memory(size * whole, FP32 * trained, 2 * FP32 * trained, 0, 0, 0, 0)
-    bucket = size * min(trained, int(zero.get("reduce_bucket_size", REDUCE_BUCKET)))
+        return Memory(size * whole, FP32 * trained, moments(trained, config, world), 0, 0, 0, 0, 0)
+    reduced = min(trained, int(zero.get("reduce_bucket_size", REDUCE_BUCKET)))
+    summed = _summed_in(config, dtype)
+    bucket, exchange = size * reduced, (size + (summed if summed != size else 0)) * reduced
     optimizer, gradients, weights, gathered, offloaded = 3 * FP32 * part, FP32 * part, size * whole, 0, 0
-    if stage == 3:
+    if stage == 3:  # whose bucket is in the format of the sum
+        bucket = exchange = summed * reduced
         small = sum(p.numel() for p in parameters if p.numel() < int(zero.get("stage3_param_persistence_threshold", PERSISTENT)))
         partitioned = size * -(-whole // world)
         node = int(zero.get("zero_hpz_partition_size", config.deepspeed.zero_pp.partition_ranks))
@@ -95,10 +107,11 @@ def states(model: nn.Module, config: Config, world: int, dtype: torch.dtype) -> 
             weights, offloaded = size * small, partitioned
     if stage == 1:  # whole, and in bf16 as the backward pass gave them beside their fp32 sums
         gradients = (FP32 + (size if dtype is torch.bfloat16 else 0)) * trained
+        bucket, exchange = 0 if dtype is torch.bfloat16 else bucket, (FP32 + (summed if summed != FP32 else 0)) * reduced
     if _offloads(offload.optimizer, zero.get("offload_optimizer", {})):
         offloaded += optimizer + gradients
         optimizer = gradients = 0
-    return Memory(weights, gradients, optimizer, bucket, gathered, 0, offloaded)
+    return Memory(weights, gradients, optimizer, bucket, exchange, gathered, 0, offloaded)
 
 
 def activations(model: XComposer2, shape: Shape, checkpointing: Checkpointing, dtype: torch.dtype) -> int:
@@ -174,6 +187,18 @@ def _gathered_together(model: nn.Module) -> list[nn.Module]:
 
 def _trained(modules: Iterable[nn.Module]) -> bool:
     return any(p.requires_grad for module in modules for p in module.parameters())
+
+
+def _zero_extra(config: Config) -> dict[str, Any]:
+    """What `deepspeed.extra` says of ZeRO."""
+    return config.deepspeed.extra.get("zero_optimization", {})
+
+
+def _summed_in(config: Config, dtype: torch.dtype) -> int:
+    """Bytes of a number in which ranks sum gradients: 4, but where a setting says otherwise (train/engine.py)."""
+    quantized = _zero_extra(config).get("zero_quantized_gradients", config.deepspeed.zero_pp.quantized_gradients)
+    wanted = config.deepspeed.extra.get("communication_data_type")
+    return dtype.itemsize if quantized and not wanted else FP32 if wanted in (None, "fp32") else 2
 
 
 def _offloads(typed: OffloadTo, extra: dict[str, Any] | None) -> bool:

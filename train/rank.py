@@ -22,7 +22,7 @@ from train.signals import leave_when_asked
 from train.watchdog import Watchdog
 
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-"""What the user mends by making room."""
+"""What the user mends: by making room, or by rights."""
 TORCHRUN = "TORCHELASTIC_RUN_ID"
 
 
@@ -95,11 +95,7 @@ def run_rank(run_dir: Path) -> int:
         code, reason = error.exit_code, str(error)
     except OSError as error:
         code = EXIT_USER if error.errno in STORAGE_ERRORS else EXIT_CRASH
-        reason = (
-            f"cannot write in {run.path}: {error.strerror} (free space and run the same command: it goes on)"
-            if code == EXIT_USER
-            else repr(error)
-        )
+        reason = storage_reason(run, error) if code == EXIT_USER else repr(error)
         traceback.print_exc()
     except Exception as error:  # noqa: BLE001  whatever it was, the outcome must say so before the process goes
         code, reason = EXIT_CRASH, f"rank {rank}: {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]} (see {run.logs})"
@@ -111,6 +107,20 @@ def run_rank(run_dir: Path) -> int:
     print(f"error: {reason}", file=sys.stderr, flush=True)
     # Other ranks may wait in a collective that this one will never join: leave at once, the launcher ends them.
     os._exit(code)
+
+
+def storage_reason(run: RunDir, error: OSError) -> str:
+    """What a file system refused, where, and the cure; not every file that a run needs is its own."""
+    full, file = error.errno in (errno.ENOSPC, errno.EDQUOT), error.filename
+    cure = "free space" if full else "make it writable"
+    if file is None:  # what was written to was open already
+        where = f"cannot write, into {run.path} or another folder of this run"
+    elif Path(os.fsdecode(file)).resolve().is_relative_to(run.path.resolve()):
+        where = f"cannot write in {run.path}"
+    else:
+        where = f"cannot {'write' if full else 'use'} {os.fsdecode(file)}"
+        cure = "free space there" if full else "let this user read it, or write where it is to be written"
+    return f"{where}: {error.strerror} ({cure} and run the same command: it goes on)"
 
 
 def _redirect_output(run: RunDir, rank: int) -> int:

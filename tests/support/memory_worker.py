@@ -59,14 +59,32 @@ def add_gradient(engine: Engine, batch: PackedBatch) -> float:
     return float(loss_sum.detach())
 
 
-def held(config: Config, dtype: torch.dtype, batch: PackedBatch, ranks: Ranks) -> int:
-    """Bytes of one rank."""
+def held(config: Config, dtype: torch.dtype, batch: PackedBatch, ranks: Ranks) -> dict[str, int | list[int]]:
+    """Bytes of one rank; and how many new storages as large as the optimizer's moments are held in a rehearsal before the first step, which
+    makes the moments, and in one after it.
+    """
     before = storages()
-    engine = engine_of(config, dtype, ranks)
+    model = build(config).to(dtype)
+    optimizer = optimizer_of(model, "adamw")
+    engine = Engine(config, model, optimizer, ranks, dtype)
+    added = [sizes_in_rehearsal(engine, batch)]
     add_gradient(engine, batch)
     engine.step(1e-3)
     add_gradient(engine, batch)
-    return sum(size for address, size in storages().items() if address not in before)
+    size = sum(size for address, size in storages().items() if address not in before)
+    engine.step(1e-3)
+    added.append(sizes_in_rehearsal(engine, batch))
+    moments = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if value.dim())
+    return {"bytes": size, "rooms": [sum(abs(size - moments) < moments / 50 for size in sizes) for sizes in added]}
+
+
+def sizes_in_rehearsal(engine: Engine, batch: PackedBatch) -> list[int]:
+    """Bytes of each storage that is there when a rehearsal begins its forward pass, and was not before."""
+    before, during = storages().items(), dict[int, int]()
+    hook = engine.module.register_forward_pre_hook(lambda *_: during.update(storages()))
+    engine.rehearse(batch)
+    hook.remove()
+    return [size for _, size in during.items() - before]
 
 
 def course(config: Config, dtype: torch.dtype, batch: PackedBatch, ranks: Ranks, rehearsed: bool) -> list[str | float]:
@@ -104,7 +122,7 @@ def main() -> None:
     job_file, out_file = sys.argv[1:]
     ranks = join("gloo")
     jobs = torch.load(job_file, weights_only=False)
-    results = {name: {"bytes": held(**job, ranks=ranks)} for name, job in jobs.items()}
+    results = {name: held(**job, ranks=ranks) for name, job in jobs.items()}
     for name in sorted(COURSES):
         job = jobs[name]
         results[name] |= {"plain": course(**job, ranks=ranks, rehearsed=False), "rehearsed": course(**job, ranks=ranks, rehearsed=True)}

@@ -1,6 +1,7 @@
 """Checkpoints are written in the background, one at a time, each of its own moment; what cannot be written harms none before it."""
 
 import errno
+import gc
 import os
 import shutil
 import threading
@@ -16,7 +17,7 @@ from data_pipeline.plan.origin import Drawn, Origin
 from train import checkpoint, reshape
 from train.checkpoint import TrainState, Writer
 from train.config import CheckpointConfig
-from train.engine import _copied
+from train.engine import _copied, _Snapshots
 from train.ranks import Ranks
 from train.run_dir import RunDir
 
@@ -199,6 +200,25 @@ def test_a_checkpoint_that_lacks_what_another_rank_wrote_is_not_made_visible(run
     with pytest.raises(UserError, match=f"cannot write checkpoint .*step-00000002: {why}") if why else nullcontext():
         writer.wait()
     assert steps(run) == ([1] if why else [1, 2])
+
+
+def mapped(file: Path) -> bool:
+    """Whether this process has it in its address space."""
+    gc.collect()
+    return str(file) in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("optimizer", ["optimizer", "optimizer_state_dict"])
+def test_weights_are_read_from_a_mapped_file_and_the_optimizer_keeps_none_of_it(tmp_path, optimizer):
+    file, many = tmp_path / "model.pt", torch.arange(10_000.0)
+    torch.save({"module": {"weight": many}, optimizer: {"state": {0: {"exp_avg": many + 1}}}, "step": 3}, file)
+    found = _Snapshots().load(str(file), map_location="cpu")
+    weight, moment = found["module"].pop("weight"), found[optimizer]["state"][0]["exp_avg"]
+    assert mapped(file), "else each rank of a node would hold all weights once more"
+    assert torch.equal(weight, many) and torch.equal(moment, many + 1) and found["step"] == 3
+    del weight
+    assert not mapped(file), "it may be removed while training runs"
+    assert torch.equal(moment, many + 1)
 
 
 def test_a_copy_has_the_containers_and_numbers_of_what_it_is_a_copy_of_and_none_of_its_memory():

@@ -1,9 +1,10 @@
-"""`train.precision: auto` takes bf16 only where it is multiplied in hardware."""
+"""`train.precision: auto` takes bf16 only where it is multiplied in hardware; each rank has a GPU of its own, or none starts."""
 
 import pytest
 import torch
 
-from train import device
+from data_pipeline.errors import EXIT_USER, UserError
+from train import cli, device
 from train.config import Precision
 
 
@@ -16,3 +17,21 @@ def test_auto_is_bf16_only_where_the_processor_multiplies_it(monkeypatch, flags,
     monkeypatch.setattr(device, "_cpuinfo", lambda field: [" ".join(flags)])
     assert device.choose(Precision.auto, 0).dtype is dtype
     assert device.choose(Precision.fp32, 0).dtype is torch.float32, "what is asked for is done"
+
+
+def test_a_rank_without_a_gpu_on_a_machine_that_has_some_is_refused_in_one_line_with_a_cure(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"^3 ranks on a machine that shows 2 GPUs \(start 2: --procs, .*CUDA_VISIBLE_DEVICES\)$"):
+        device.choose(Precision.auto, 2)
+
+
+def test_more_ranks_than_gpus_are_refused_before_anything_is_started(stage, monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(cli, "GPU_DRIVERS", (str(tmp_path),))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    made = stage()
+    with pytest.raises(SystemExit) as refused:
+        cli.main(["run", str(made.config), "--procs", "3"])
+    assert refused.value.code == EXIT_USER
+    assert "3 ranks on a machine that shows 2 GPUs" in capfd.readouterr().err
+    assert not made.run.path.exists()

@@ -24,7 +24,8 @@ def test_by_default_nothing_is_offloaded_and_batches_are_counted_as_deepspeed_co
     made = settings()
     assert made["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000} | ON_THIS_DEVICE
     assert (made["train_batch_size"], made["gradient_accumulation_steps"]) == (8, 2)
-    assert made["data_types"]["grad_accum_dtype"] == "fp32"
+    assert made["data_types"]["grad_accum_dtype"] == made["communication_data_type"] == "fp32"
+    assert settings(extra={"communication_data_type": "bf16"})["communication_data_type"] == "bf16"
 
 
 @pytest.mark.parametrize("device", ["cpu", "nvme"])
@@ -36,6 +37,7 @@ def test_offload_and_zero_pp_are_what_deepspeed_understands(device):
     assert (str(known.offload_param.nvme_path) == "/local/disk") == (device == "nvme")
     assert known.offload_optimizer.pin_memory
     assert (known.zero_hpz_partition_size, known.zero_quantized_weights, known.zero_quantized_gradients) == (8, True, True)
+    assert "communication_data_type" not in made, "the kernel that quantizes gradients reads 16-bit numbers"
 
 
 def test_trained_weights_stay_in_host_memory_where_frozen_ones_go_to_a_disk():

@@ -8,6 +8,7 @@ import torch
 from stages import stage_settings
 
 from data_pipeline.batch import Segment, assemble
+from data_pipeline.errors import UserError
 from data_pipeline.samples import ImageElement, TextElement
 from data_pipeline.text.templates import Bounds, render
 from data_pipeline.text.tokenizer import Tokenizer
@@ -143,6 +144,12 @@ def test_under_dynamic_scaling_keys_in_the_cache_have_the_angles_of_the_length_t
     for i, one in enumerate(prompts):
         whole = anew(model, tokenizer, one, words[:, i].tolist())  # with the word that is asked for, as long as the cache was made for
         torch.testing.assert_close(logits[i], whole, rtol=1e-4, atol=1e-4)
+
+
+def test_words_are_written_with_the_attention_that_the_model_is_set_to(model, tokenizer, prompts, monkeypatch):
+    monkeypatch.setattr(model, "attention", "flash")
+    with pytest.raises(UserError, match=r"^train\.attention: flash needs a GPU"):
+        generate(model, prompts, tokenizer, STEPS)
 
 
 def test_an_answer_ends_at_its_stop_token_or_at_the_limit(model, tokenizer, prompts):

@@ -36,7 +36,9 @@ def config_of(stage: int) -> Config:
 
 @pytest.fixture(scope="module")
 def on_two_ranks(environment, tmp_path_factory) -> dict[str, Any]:
-    """Of each stage and format the bytes that a rank holds, and the course without and with a rehearsal; what one too large says."""
+    """Of each stage and format the bytes that a rank holds, what rehearsals hold besides, and the course without and with one; what a batch
+    that is too large says.
+    """
     folder = tmp_path_factory.mktemp("memory")
     batch = batch_of(mixed_segments())
     jobs = {name: {"config": config_of(stage), "dtype": FORMATS[dtype], "batch": batch} for name, (stage, dtype) in ZERO.items()}
@@ -52,7 +54,7 @@ def test_weights_gradients_and_optimizer_are_as_large_as_foretold(name: str, on_
     stage, dtype = ZERO[name]
     config = config_of(stage)
     foretold = memory.states(build(config), config, 2, FORMATS[dtype])
-    between_steps = foretold.device - foretold.gathered - (0 if stage == 3 else foretold.buffers)
+    between_steps = foretold.device - foretold.gathered - foretold.exchange - (0 if stage == 3 else foretold.buffers)
     assert between_steps == pytest.approx(on_two_ranks[name]["bytes"], rel=0.1), foretold
 
 
@@ -64,6 +66,11 @@ def test_bf16_without_zero_is_refused_since_its_gradients_would_be_summed_in_bf1
 @pytest.mark.parametrize("name", sorted(COURSES))
 def test_a_rehearsal_of_the_heaviest_batch_leaves_losses_and_weights_as_they_are_bitwise(name: str, on_two_ranks) -> None:
     assert on_two_ranks[name]["plain"] == on_two_ranks[name]["rehearsed"]
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_a_rehearsal_before_the_first_step_holds_the_room_of_the_moments_that_it_makes(name: str, on_two_ranks) -> None:
+    assert on_two_ranks[name]["rooms"] == [1, 0], "after it they are there"
 
 
 def test_a_batch_that_memory_does_not_hold_ends_in_one_line_with_a_cure(on_two_ranks) -> None:

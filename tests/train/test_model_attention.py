@@ -1,6 +1,7 @@
 """Attention keeps to its segment, in every backend, and equals a dense block-diagonal mask."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from batches import batch_of, mixed_segments, tiny_model
 from data_pipeline.errors import UserError
 from train.config import Attention, Checkpointing
 from train.model import attention
-from train.model.attention import choose_backend, varlen_attention
+from train.model.attention import NOT_INSTALLED, choose_backend, spoken, varlen_attention
 
 
 @pytest.mark.parametrize("heads,kv_heads", [(3, 3), (6, 2), (4, 1)])
@@ -75,7 +76,7 @@ def test_backend_follows_device_and_precision(monkeypatch) -> None:
     assert choose_backend(torch.device("cpu")) == "sdpa"
     assert choose_backend(cuda, torch.float32) == "sdpa"
     for installed, backend in ((True, "flash"), (False, "torch_varlen")):
-        monkeypatch.setattr(attention, "_has_flash_attn", lambda installed=installed: installed)
+        monkeypatch.setattr(attention, "_flash_attn_problem", lambda installed=installed: None if installed else NOT_INSTALLED)
         assert choose_backend(cuda) == backend
         assert choose_backend(cuda, wanted="torch_varlen") == "torch_varlen"
         assert choose_backend(cuda, wanted="sdpa") == "sdpa"
@@ -91,9 +92,30 @@ def test_backend_follows_device_and_precision(monkeypatch) -> None:
     ],
 )
 def test_a_backend_that_is_not_there_is_refused_in_one_line_with_a_cure(device, dtype, wanted, lacks, monkeypatch) -> None:
-    monkeypatch.setattr(attention, "_has_flash_attn", lambda: False)
+    monkeypatch.setattr(attention, "_flash_attn_problem", lambda: NOT_INSTALLED)
     with pytest.raises(UserError, match=rf"^train\.attention: {wanted} {lacks} \(.*train\.attention=auto.*\)$"):
         choose_backend(torch.device(device), dtype, wanted)
+
+
+def test_a_flash_attn_that_is_installed_and_cannot_be_imported_is_passed_over_with_its_reason_and_refused_where_it_is_asked_for(
+    monkeypatch, tmp_path
+) -> None:
+    package = tmp_path / "flash_attn"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('flash_attn_2_cuda.so: undefined symbol: _ZN3c10\\nand more')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    attention._flash_attn_problem.cache_clear()
+    try:
+        cuda = torch.device("cuda")
+        assert choose_backend(cuda) == "torch_varlen"
+        reason = "cannot be imported: flash_attn_2_cuda.so: undefined symbol: _ZN3c10"
+        assert spoken("torch_varlen", "auto") == f"torch_varlen (flash-attn {reason})"
+        assert [spoken(*asked) for asked in (("torch_varlen", "torch_varlen"), ("sdpa", "auto"))] == ["torch_varlen", "sdpa"]
+        with pytest.raises(UserError, match=rf"^train\.attention: flash needs flash-attn, which {reason} \(.*train\.attention=auto\)$"):
+            choose_backend(cuda, wanted="flash")
+    finally:
+        attention._flash_attn_problem.cache_clear()
 
 
 def test_the_model_attends_with_the_backend_that_is_set() -> None:

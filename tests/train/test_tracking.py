@@ -19,6 +19,8 @@ from wandb.proto.wandb_internal_pb2 import Record
 from data_pipeline import jsonl
 from data_pipeline.errors import EXIT_DONE
 from train import configure
+from train.loop import _lived_s
+from train.ranks import Ranks
 from train.run_dir import RunDir
 from train.tracking.captions import Caption
 from train.tracking.meter import Meter, Own
@@ -122,6 +124,17 @@ def test_lives_count_from_the_start_of_their_processes_and_without_an_end_until_
     )
     jsonl.append(run.lives, [{"life": 2, "event": "end", "time": 250.0}])
     assert run.lived_s() == 30 + 50, "the third has not done a step"
+
+
+def test_no_rank_but_the_first_reads_the_metrics_of_lives_before(tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.create()
+    jsonl.append(run.lives, [{"life": 1, "event": "start", "time": 100.0}])
+    run.metrics.mkdir()  # whoever reads it fails
+    first, second = (Ranks(rank, 2, rank, None) for rank in range(2))
+    assert _lived_s(run, second, began=0.0) == 0.0
+    with pytest.raises(IsADirectoryError):
+        _lived_s(run, first, began=0.0)
 
 
 def test_captions_are_a_table_with_pictures_in_wandb_and_in_tensorboard(stage, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 On the demo's real data, with uneven numbers of supervised tokens, ranks that never see an image, and empty packs.
 """
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -75,14 +76,18 @@ def jobs(demo, tmp_path_factory) -> dict[str, dict[str, Any]]:
     return found
 
 
+def on_two_ranks(environment: dict[str, str], name: str, *arguments: Path) -> None:
+    """Runs a script of tests/support to its end."""
+    command = [sys.executable, str(Path(__file__).parents[1] / "support" / name), *map(str, arguments)]
+    run_ranks(command, {"OMP_NUM_THREADS": environment["OMP_NUM_THREADS"]})
+
+
 @pytest.fixture(scope="module")
 def under_deepspeed(jobs, environment, tmp_path_factory) -> dict[str, dict[str, Any]]:
     """All jobs, on two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.save(jobs, folder / "jobs.pt")
-    worker = str(Path(__file__).parents[1] / "support" / "train_worker.py")
-    command = [sys.executable, worker, str(folder / "jobs.pt"), str(folder / "out.pt")]
-    run_ranks(command, {"OMP_NUM_THREADS": environment["OMP_NUM_THREADS"]})
+    on_two_ranks(environment, "train_worker.py", folder / "jobs.pt", folder / "out.pt")
     return torch.load(folder / "out.pt", weights_only=True)
 
 
@@ -127,6 +132,12 @@ def test_parameters_after_five_sgd_steps_and_the_gradients_on_the_way_are_those_
         assert (value - reference[parameter]).abs().max() <= 1e-6, parameter
         moved = max(moved, (value - fresh[parameter]).abs().max().item())
     assert moved > 1e-3  # else equality would say nothing
+
+
+def test_gradients_of_bf16_weights_are_summed_over_ranks_in_fp32_unless_extra_says_otherwise(environment, tmp_path):
+    on_two_ranks(environment, "sums_worker.py", tmp_path / "out.json")
+    for job, masters in json.loads((tmp_path / "out.json").read_text()).items():
+        assert set(masters) == {-1.0 if job.endswith("bf16") else -1.0 - 2.0**-9}, job
 
 
 def test_supervised_tokens_differ_between_ranks_or_equal_weighting_would_pass_too(jobs):

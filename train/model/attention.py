@@ -24,6 +24,8 @@ LONGEST_PLAIN = 512
 LONGEST_PLAIN_FP32 = 128
 """The same in fp32, where that kernel is the faster one sooner (52 against 72 ms for a segment of 464, 16 heads of 64)."""
 
+NOT_INSTALLED = "is not installed"
+
 
 @dataclass(frozen=True)
 class LengthGroup:
@@ -94,21 +96,28 @@ class Segments:
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype = torch.bfloat16, wanted: str = "auto") -> str:
-    """The backend that `wanted` (train.attention) means there: auto is `flash` where flash-attn is installed, else `torch_varlen`, both on
-    CUDA in half precision, and `sdpa` everywhere else.
+    """The backend that `wanted` (train.attention) means there: auto is `flash` where flash-attn can be imported, else `torch_varlen`, both
+    on CUDA in half precision, and `sdpa` everywhere else.
 
     Raises:
         UserError: this machine, or this number format, has no such backend.
     """
     fits = device.type == "cuda" and dtype != torch.float32
     if wanted == "auto":
-        return "sdpa" if not fits else "flash" if _has_flash_attn() else "torch_varlen"
+        return "sdpa" if not fits else "torch_varlen" if _flash_attn_problem() else "flash"
     if wanted != "sdpa" and not fits:
         lacks = "a GPU" if device.type != "cuda" else "train.precision bf16"
         raise UserError(f"train.attention: {wanted} needs {lacks} (set train.attention=auto, which takes sdpa here)")
-    if wanted == "flash" and not _has_flash_attn():
-        raise UserError("train.attention: flash needs flash-attn, which is not installed (pip install flash-attn, or train.attention=auto)")
+    problem = _flash_attn_problem() if wanted == "flash" else None
+    if problem:
+        raise UserError(f"train.attention: flash needs flash-attn, which {problem} (pip install flash-attn, or train.attention=auto)")
     return wanted
+
+
+def spoken(backend: str, wanted: str) -> str:
+    """A chosen backend for the log: with the reason, where `auto` passed over a flash-attn that is installed."""
+    problem = _flash_attn_problem() if (backend, wanted) == ("torch_varlen", "auto") else None
+    return f"{backend} (flash-attn {problem})" if problem and problem != NOT_INSTALLED else backend
 
 
 def varlen_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments) -> Tensor:
@@ -126,8 +135,15 @@ def varlen_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segm
 
 
 @cache
-def _has_flash_attn() -> bool:
-    return find_spec("flash_attn") is not None
+def _flash_attn_problem() -> str | None:
+    """Why flash-attn cannot run here. What is installed may still not load: it is compiled for one torch and one C library."""
+    if find_spec("flash_attn") is None:
+        return NOT_INSTALLED
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    except Exception as error:  # noqa: BLE001  whatever a compiled module raises, it cannot be used
+        return f"cannot be imported: {(str(error) or type(error).__name__).splitlines()[0]}"
+    return None
 
 
 def _flash(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments) -> Tensor:

@@ -52,7 +52,8 @@ class XComposer2(nn.Module):
         self.decoder = Decoder(config.decoder, config.plora)
         self.head = Head(config.decoder)
         self._group: dist.ProcessGroup | None = None
-        self._attention = "auto"
+        self.attention = "auto"
+        """The decoder's backend as `train.attention` names it."""
         if image_tokens not in (None, self.projector.tokens):
             raise UserError(
                 f"data.images.tokens is {image_tokens}, but an image of {image_size} pixels in patches of {config.vision.patch}, "
@@ -63,7 +64,7 @@ class XComposer2(nn.Module):
         """Activation checkpointing and compilation of the blocks of ViT and decoder, and the decoder's attention backend; to be called
         once, before training.
         """
-        self._attention = attention
+        self.attention = attention
         for blocks in (self.vision.vit.blocks, self.decoder.layers):
             checkpoint_blocks(blocks, checkpointing)
             for block in blocks if compiled else ():
@@ -94,7 +95,7 @@ class XComposer2(nn.Module):
     def _hidden(self, batch: PackedBatch) -> Tensor:
         x_TD = self.embed(batch)
         group = self._group if batch.shared_by > 1 else None
-        segments = Segments.build(batch.segment_lengths, batch.cu_seqlens, x_TD.dtype, self._attention, group)
+        segments = Segments.build(batch.segment_lengths, batch.cu_seqlens, x_TD.dtype, self.attention, group)
         return self.decoder(x_TD, batch.position_ids, segments, batch.image_index)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

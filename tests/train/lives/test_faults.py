@@ -17,8 +17,11 @@ from web import WebServer
 from data_pipeline import jsonl
 from data_pipeline.config import ErrorConfig
 from data_pipeline.errors import EXIT_DONE, EXIT_NEEDS_PERSON, EXIT_TRY_AGAIN
+from data_pipeline.opened import open_data
+from data_pipeline.plan.origin import Cursor
 from data_pipeline.read.budget import overdrawn
 from data_pipeline.read.ledger import read_ledger
+from train import configure
 
 
 def webp(color: int) -> bytes:
@@ -124,6 +127,47 @@ def test_bad_samples_are_dropped_and_named_and_a_source_over_its_budget_stops_al
     over.run.outcome.unlink()
     assert over.train(f"{errors}.share=1").returncode == EXIT_DONE, "a budget may be raised"
     assert sorted(over.losses()) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.fixture
+def many_shards(tmp_path, demo, xc_data):
+    """Two texts a shard."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for shard in range(20):
+        with webdataset.TarWriter(str(folder / f"{shard:02}.tar")) as tar:
+            for i in range(2):
+                tar.write({"__key__": f"{shard}-{i}", "txt": f"food fruit: red apple {shard} {i}".encode()})
+    assert xc_data("index", folder, "--tokenizer", demo.tokenizer) == 0
+    assert xc_data("merge", folder) == 0
+    return folder
+
+
+def test_a_run_that_has_done_its_steps_needs_no_data_behind_them(stage, many_shards):
+    sections = {"data": {"sources": {"many": {"path": str(many_shards)}}, "segments_per_pack": 1, "global_batch": 2}, "train": {"steps": 2}}
+    made = stage(**sections)
+    config, cursor, needed = configure.load(made.config), Cursor(0, 0), []
+    data = open_data(config.data, config.run.seed, config.train.steps)
+    for _ in range(3):
+        batch = data.plan.global_batch(cursor)
+        needed.append({data.sources[0].facts.shards[data.sources[0].shard_of(row)] for row in batch.pieces.row.tolist()})
+        cursor = batch.cursor
+    unread = {path.name for path in many_shards.glob("*.tar")} - needed[0] - needed[1]
+    assert needed[2] & unread, "else the step behind the last would find its data"
+    for name in unread:  # a file system that fails, which may pass
+        (many_shards / name).unlink()
+        (many_shards / name).symlink_to(name)
+    live_together([Life(made)])
+    assert made.run.read_outcome()["code"] == EXIT_DONE
+    assert sorted(made.losses()) == [1, 2]
+
+    made.forget_after(2)  # as if the kill had come before the weights were written
+    for name in needed[0] | needed[1]:
+        (many_shards / name).unlink()
+        (many_shards / name).symlink_to(name)
+    live_together([Life(made)])
+    assert (made.run.read_outcome()["code"], made.resumed_from()) == (EXIT_DONE, [None, 2])
+    assert made.weights()
 
 
 def test_a_server_that_goes_away_ends_the_life_with_try_again_and_the_same_command_goes_on(stage, demo, tmp_path):

@@ -1,5 +1,6 @@
 """What a user can mend is refused in one line that says what, where and the cure; exit 2; nothing is started and nothing lost."""
 
+import errno
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ import pytest
 from data_pipeline import jsonl
 from data_pipeline.errors import EXIT_DONE, EXIT_USER
 from train.cli import main
+from train.rank import storage_reason
+from train.run_dir import RunDir
 
 JUMPING = str(Path(__file__).parents[2] / "support" / "jumping")
 
@@ -122,6 +125,23 @@ def test_a_chain_whose_stages_mean_different_things_by_their_weights_is_refused_
     said = "model.plora.alpha: test, which it begins from, has 8 at rank 4, not 4 at rank 4 (give both the same)"
     assert said in capfd.readouterr().err
     assert not first.run.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "file", "says"),
+    [
+        (errno.ENOSPC, "RUN/metrics.jsonl", "cannot write in RUN: No space left on device (free space and run"),
+        (errno.EROFS, "RUN/metrics.jsonl", "cannot write in RUN: Read-only file system (make it writable and run"),
+        (errno.EACCES, "/data/pairs/a.tar", "cannot use /data/pairs/a.tar: Permission denied (let this user read it, or"),
+        (errno.EDQUOT, b"/dev/shm/slot", "cannot write /dev/shm/slot: Disk quota exceeded (free space there and run"),
+        (errno.ENOSPC, None, "cannot write, into RUN or another folder of this run: No space left on device (free space and run"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named_and_the_run_directory_only_where_it_lies_in_there(code, file, says, tmp_path):
+    name = file.replace("RUN", str(tmp_path)) if isinstance(file, str) else file
+    said = storage_reason(RunDir(tmp_path), OSError(code, os.strerror(code), name))
+    assert said.startswith(says.replace("RUN", str(tmp_path)))
+    assert said.endswith(" the same command: it goes on)")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
