@@ -160,7 +160,8 @@ def overhead(folder: Path, ranks: Ranks, part: str, scale: int, quick: bool, rou
     """A step of the trainer against the bare one, in processor time of all threads, summed over the steps between two flushes."""
     config = settings(folder, part, part, scale, quick, 10**6)
     each = config.track.every
-    config.train.steps = each * (rounds + 1)
+    measured = each * (rounds + 1)
+    config.train.steps = measured + 1  # a step's time ends where the trainer asks for the next
     bare = bare_step(config)
     ours, theirs = [], []
 
@@ -173,8 +174,8 @@ def overhead(folder: Path, ranks: Ranks, part: str, scale: int, quick: bool, rou
         theirs.append(time.process_time() - middle)
 
     train(config, ranks, visit)
-    if len(ours) < config.train.steps:
-        sys.exit(f"the trainer was stopped after {len(ours)} of {config.train.steps} steps")
+    if len(ours) < measured:
+        sys.exit(f"the trainer was stopped after {len(ours)} of {measured} steps")
     # The first steps warm up. The flush of a round's last step is the trainer's own part of that step.
     blocks = [(sum(ours[i : i + each]), sum(theirs[i : i + each])) for i in range(each, each * (rounds + 1), each)]
     found: Rounds = {"overhead_mid": [a / b for a, b in blocks]} if part == "mid" else {}
@@ -185,7 +186,7 @@ def overhead(folder: Path, ranks: Ranks, part: str, scale: int, quick: bool, rou
 def stall(folder: Path, ranks: Ranks, scale: int, quick: bool, rounds: int) -> Rounds:
     """Wall time that a save in the background adds to the steps around it, by what a synchronous one adds; from the second save on."""
     around = 4 if quick else AROUND
-    config = settings(folder, "stall", "stall", scale, quick, 3 * around * (rounds + 1))
+    config = settings(folder, "stall", "stall", scale, quick, 3 * around * (rounds + 1) + 1)
     blocks = Stall(RunDir(config.run.dir), around)
     train(config, ranks, blocks.visit, blocks.writer_of)
     if len(blocks.took["synchronous"]) <= rounds:

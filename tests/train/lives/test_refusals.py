@@ -90,7 +90,7 @@ def test_an_index_of_another_tokenizer_is_refused_with_the_command_that_mends_it
     shutil.copytree(demo.tokenizer, other)
     file = other / "tokenizer.json"
     file.write_text(file.read_text() + "\n")
-    assert "run xc-data index" in refused(stage().config, f"data.tokenizer={other}")
+    assert "run: xc-data index" in refused(stage().config, f"data.tokenizer={other}")
 
 
 def test_a_run_directory_of_another_config_is_refused_and_left_alone(whole, refused):
