@@ -152,7 +152,9 @@ def test_an_arm_of_the_ablation_takes_the_rate_that_validation_prefers(monkeypat
     assert check(monkeypatch, ablation, document) == 1
     document.write_text(said)
     monkeypatch.setitem(ablation.RATES, "projector", ("2e-3",))
-    write_record("projector", "2e-3", 0, validation=1.0)
+    figures = {suite: {figure: 0.5 for of, figure in ablation.COLUMNS if of == suite} for suite in ablation.SUITES}
+    for seed in (0, 1):
+        write_record("projector", "2e-3", seed, validation=1.0, minutes=10.0, **figures)
     with pytest.raises(FileNotFoundError):  # PLoRA was trained beside a projector of another rate
         check(monkeypatch, ablation, document)
 
