@@ -48,7 +48,12 @@ MINUTES = "minutes of training"
 def main() -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description="Figures of the small model over several seeds, as the tables of docs/results.md.")
-    parser.add_argument("seeds", nargs="+", type=int)
+    parser.add_argument(
+        "seeds",
+        nargs="+",
+        type=int,
+        help="seeds of the table's columns: 0 1 2; an hour each, and half an hour of measuring, unless they have a record",
+    )
     parser.add_argument("--procs", default="2", help="ranks of a training (default 2)")
     parser.add_argument("--check", type=Path, help="a document that must hold the tables; nothing is trained")
     arguments = parser.parse_args()
