@@ -17,12 +17,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from results import BIN, HELD_OUT, end_where_it_fails, exit_with, keep, marked, printed
+from results import BIN, HELD_OUT, end_where_it_fails, exit_with, keep, marked, printed, run_stage
 
 from train import configure
-from train.config import Config, EvaluateConfig
+from train.config import Config
 from train.evaluate import Scorer
-from train.run_dir import RunDir, read_json, write_atomic
+from train.run_dir import RunDir, read_json
 from train.weights.opened import open_model
 
 RECORDS = Path("docs/plora_ablation")
@@ -77,10 +77,8 @@ def run_of(arm: str, rate: str, seed: int) -> RunDir:
 
 
 def config_of(arm: str, rate: str, seed: int) -> Config:
-    """The arm's config at a rate. Nothing is measured by the training itself."""
-    always = [f"run.dir={run_of(arm, rate, seed).path}", f"run.seed={seed}", "track.wandb=false"]
-    config = configure.load(CONFIGS / f"{arm}.yaml", always)
-    config.evaluate = EvaluateConfig()
+    """The arm's config at a rate."""
+    config = configure.load(CONFIGS / f"{arm}.yaml", [f"run.dir={run_of(arm, rate, seed).path}", f"run.seed={seed}"])
     config.train.lr, *beside = rates_of(arm, rate)
     for own in beside:
         config.train.groups[1].lr_scale = own / config.train.lr
@@ -88,13 +86,9 @@ def config_of(arm: str, rate: str, seed: int) -> Config:
 
 
 def train(arm: str, rate: str, seed: int, procs: str) -> RunDir:
-    """Trains what has not ended yet; what was interrupted goes on, and what another config trained is refused."""
-    run = run_of(arm, rate, seed)
-    config = run.path.with_suffix(".yaml")
-    config.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(config, configure.to_yaml(config_of(arm, rate, seed)).encode())
-    end_where_it_fails(BIN / "xc-train", "run", config, "--procs", procs)
-    return run
+    """Trains what has not ended yet."""
+    run_stage(config_of(arm, rate, seed), {}, procs)
+    return run_of(arm, rate, seed)
 
 
 def record_of(arm: str, rate: str, seed: int) -> Path:

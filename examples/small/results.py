@@ -24,8 +24,10 @@ from captions import category_of
 
 from data_pipeline.command_line import command_line
 from data_pipeline.errors import UserError
+from train import configure
+from train.config import Config, EvaluateConfig
 from train.device import cpu_name
-from train.run_dir import RunDir, write_json
+from train.run_dir import RunDir, write_atomic, write_json
 
 RUNS = Path("runs/small/seeds")
 RECORDS = Path("docs/results")
@@ -126,13 +128,24 @@ def end_where_it_fails(*command: str | Path) -> None:
 def train(seed: int, procs: str) -> None:
     """Trains and measures what is not there yet; what was interrupted goes on."""
     for stage in STAGES:
-        run = RUNS / str(seed) / stage
-        overrides = [f"run.seed={seed}", f"run.dir={run}", "track.wandb=false"]
-        end_where_it_fails(BIN / "xc-train", "run", f"configs/small/{stage}.yaml", "--procs", procs, *overrides)
+        config = configure.load(Path(f"configs/small/{stage}.yaml"), [f"run.seed={seed}", f"run.dir={RUNS / str(seed) / stage}"])
+        run_stage(config, {"test": str(HELD_OUT / "test")}, procs)
     *_, text, alike = files_of(seed)
     for file, suite in ((text, ["text"]), (alike, ["captions", "--data", ALIKE])):
         if not file.exists():
             end_where_it_fails(BIN / "xc-compose", "eval", file.parent, "--suite", *suite, "-o", file)
+
+
+def run_stage(config: Config, splits: dict[str, str], procs: str) -> None:
+    """Trains a stage with a config that is kept beside its run directory, and measures these held-out pairs. One that ended is passed
+    over, what was interrupted goes on, and what another config trained is refused.
+    """
+    config.track.wandb = False
+    config.evaluate = EvaluateConfig(splits=splits)
+    file = Path(config.run.dir).with_suffix(".yaml")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, configure.to_yaml(config).encode())
+    end_where_it_fails(BIN / "xc-train", "run", file, "--procs", procs)
 
 
 def files_of(seed: int) -> list[Path]:

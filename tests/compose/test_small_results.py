@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from train import configure
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
@@ -29,18 +31,24 @@ def lived(run: Path, seconds: int) -> None:
     (run / "lives.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events))
 
 
+def held_out(seed: int) -> dict:
+    """What a stage reaches on the test half."""
+    from results import FIGURES
+
+    split = dict.fromkeys(FIGURES, 0.5 + seed / 100) | {"nll_blind": 4.0}
+    sample = {"key": "k|1", "reference": "a saw", "generated": "a saw", "generated_right": True, "retrieved": "a bull"}
+    return split | {"stderr": dict.fromkeys(split, 0.02), "samples": [sample | {"retrieved_right": False}]}
+
+
 def write_seed(seed: int) -> None:
     """Figures that tell seeds apart, where results.py finds them."""
-    from results import ALIKE, FIGURES, HELD_OUT, RUNS, measured, record_of
+    from results import ALIKE, HELD_OUT, RUNS, measured, record_of
 
     item = {"caption": "tool: saw", "candidates": ["tool: saw", "animal: bull", "tool: axe", "plant: oak"]}
     for half in (HELD_OUT / "test", ALIKE):
         write(half / "candidates.json", {"items": [item, {**item, "caption": "plant: oak"}]})
-    split = dict.fromkeys(FIGURES, 0.5 + seed / 100) | {"nll_blind": 4.0}
-    sample = {"key": "k|1", "reference": "a saw", "generated": "a saw", "generated_right": True, "retrieved": "a bull"}
-    split |= {"stderr": dict.fromkeys(split, 0.02), "samples": [sample | {"retrieved_right": False}]}
     for stage in ("blind", "pretrain"):
-        write(RUNS / str(seed) / stage / "evaluation.json", {"splits": {"test": split}})
+        write(RUNS / str(seed) / stage / "evaluation.json", {"splits": {"test": held_out(seed)}})
         lived(RUNS / str(seed) / stage, 600)
     write(RUNS / str(seed) / "pretrain" / "text.json", {"tables": [{"notes": ["Logits are the same."]}]})
     rows = [{"figure": f, "value": 0.3, "stderr": 0.02} for f in ("retrieval_of_10", "picture_of_10")]
@@ -87,14 +95,13 @@ def test_the_check_of_results_fails_where_the_document_says_something_else(monke
 
 
 def test_the_check_of_stages_fails_where_the_document_or_a_run_says_something_else(monkeypatch, tmp_path, capsys):
-    import later_stages as stages
     import results
+    import three_stages as stages
 
-    write_seed(0)
-    write(stages.SEED / "sft" / "evaluation.json", json.loads((stages.SEED / "pretrain" / "evaluation.json").read_text()))
-    (stages.SEED / "compose").mkdir()
-    for stage in stages.BEGINS_FROM:
-        lived(stages.SEED / stage, 1200)
+    for stage in stages.STAGES:
+        write(stages.RUNS / stage / "evaluation.json", {"splits": {"test": held_out(0)}})
+        lived(stages.RUNS / stage, 1200)
+    for stage in stages.LATER:
         for suite in stages.SUITES:
             rows = [{"figure": f, "value": 0.4, "stderr": 0.1, "beside": 0.25} for of, f in stages.ROWS if of == suite]
             write(stages.tables_of(stage, suite), {"tables": [{"rows": rows}]})
@@ -108,17 +115,17 @@ def test_the_check_of_stages_fails_where_the_document_or_a_run_says_something_el
     tables = (stages.figures(record), results.sample_table(record["samples"]), stages.articles(record))
     said = "\n\n".join(tables)
     assert "| figure of a caption, among four |  | 0.400 ± 0.100 | 0.400 ± 0.100 | 0.250 |" in said
-    assert "| minutes of training, a processor |  | 20.0 | 20.0 | |" in said
+    assert "| minutes of training, a processor | 20.0 | 20.0 | 20.0 | |" in said
     assert "| Explain: T | T 0 | One. | C | 1 of 2 |" in said
 
     def checked(text: str) -> int:
         (tmp_path / "results.md").write_text(text)
-        monkeypatch.setattr(sys, "argv", ["later_stages.py", "--check", str(tmp_path / "results.md")])
+        monkeypatch.setattr(sys, "argv", ["three_stages.py", "--check", str(tmp_path / "results.md")])
         return stages.main()
 
     assert checked(said) == 0
     assert checked(said.replace("0.400", "0.500")) == 1
-    lived(stages.SEED / "sft", 1260)
+    lived(stages.RUNS / "sft", 1260)
     assert checked(said) == 1 and "does not say what" in capsys.readouterr().err
 
 
@@ -168,7 +175,7 @@ def test_beside_another_part_the_projector_keeps_the_rate_that_it_prefers_alone(
     rates = {}
     for arm, (first, *_) in ablation.RATES.items():
         config = ablation.config_of(arm, first, 1)
-        assert not config.evaluate.splits and config.run.seed == 1
+        assert config.run.seed == 1
         rates[arm] = [config.train.lr * group.lr_scale for group in config.train.groups if group.trainable]
     assert rates == {
         "blind": [pytest.approx(3e-5)],
@@ -179,13 +186,29 @@ def test_beside_another_part_the_projector_keeps_the_rate_that_it_prefers_alone(
     }
 
 
+def test_a_training_measures_the_pairs_that_it_is_told_and_nothing_else(monkeypatch, tmp_path):
+    import results
+
+    asked = []
+    monkeypatch.setattr(results, "end_where_it_fails", lambda *command: asked.append(command))
+    monkeypatch.chdir(EXAMPLES.parent)
+    config = configure.load(Path("configs/small/pretrain.yaml"), [f"run.dir={tmp_path / 'seeds' / 'run'}"])
+    assert set(config.evaluate.splits) == {"validation", "test"} and config.evaluate.text
+    results.run_stage(config, {"test": "pairs"}, "2")
+    (program, run, file, *procs) = asked[0]
+    written = configure.load(file)
+    assert (program.name, run, procs) == ("xc-train", "run", ["--procs", "2"])
+    assert written.evaluate.splits == {"test": "pairs"} and written.evaluate.text is None and not written.track.wandb
+    assert file.with_suffix("") == Path(written.run.dir)
+
+
 def test_a_check_without_runs_trains_nothing(monkeypatch, tmp_path):
     import ablation
     import results
 
     document = tmp_path / "document.md"
     document.write_text("# Figures\n")
-    for program in (results, ablation):  # later_stages.py knows its one seed
+    for program in (results, ablation):  # three_stages.py has no seeds
         with pytest.raises(FileNotFoundError):
             check(monkeypatch, program, document)
     assert [file.name for file in tmp_path.iterdir()] == ["document.md"]

@@ -1,13 +1,13 @@
-"""What SFT and the composition stage make of the small model behind a seed's pretraining: tables, answers and articles of docs/results.md.
+"""The small model through all three stages, with half of the pretraining of results.py: tables and articles of docs/results.md.
 
 Invariant: nothing shown is picked by hand: pictures and pages are the first held out ones by SHA-256 of their names. Every figure is
 read from files of run directories into the record docs/results/stages.json; where there is one, nothing is trained: delete it and the
 stages' run directories to measure anew. `--check` fails where the document says something else than the record, or the record than
 run directories that are there.
 
-    python examples/small/results.py 0
-    python examples/small/later_stages.py                                 (an hour and a half on two quiet cores)
-    python examples/small/later_stages.py --check docs/results.md
+    make small-data
+    python examples/small/three_stages.py                                 (two hours on two quiet cores)
+    python examples/small/three_stages.py --check docs/results.md
 """
 
 import argparse
@@ -17,21 +17,28 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from results import BIN, HELD_OUT, RECORDS, RUNS, end_where_it_fails, exit_with, keep, printed, record_of, sample_table, shown
+from results import BIN, HELD_OUT, RECORDS, end_where_it_fails, exit_with, keep, printed, run_stage, sample_table, shown
 
 from compose import places
-from data_pipeline.errors import UserError
 from train import configure
-from train.run_dir import RunDir, write_atomic
+from train.run_dir import RunDir
 
 RECORD = RECORDS / "stages.json"
-SEED = RUNS / "0"
-BEGINS_FROM = {"sft": "pretrain", "compose": "sft"}
+RUNS = Path("runs/small/stages")
+STAGES = {
+    "pretrain": ["data.sources.pairs.weight=3"],
+    "sft": [f"run.init_from={RUNS / 'pretrain'}"],
+    "compose": [f"run.init_from={RUNS / 'sft'}"],
+}
+"""Overrides of each stage's config."""
+LATER = ("sft", "compose")
+PROCS = {"pretrain": "2", "sft": "1", "compose": "1"}
+"""Ranks: where all weights learn, two took more than 24 GB in fp32."""
 PAGES = HELD_OUT / "documents"
-COLLECTION = Path("runs/small/figures")
+COLLECTION = RUNS / "collection"
 ARTICLES = 3
 SUITES = {
-    "text": ("--data", HELD_OUT / "text", "--base", SEED / "pretrain"),
+    "text": ("--data", HELD_OUT / "text", "--base", RUNS / "pretrain"),
     "composition": ("--data", PAGES),
 }
 """Suites of `xc-compose eval`, and their data. Pretraining leaves the language as it was; captions are measured by the training itself."""
@@ -51,43 +58,31 @@ ROWS = {
 
 def main() -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description="SFT and composition behind the small model's pretraining, as the tables of docs/results.md."
-    )
-    parser.add_argument("--procs", default="1", help="ranks of a training (default 1: where all weights learn, two took more than 24 GB)")
+    parser = argparse.ArgumentParser(description="The small model's three stages, as the tables and articles of docs/results.md.")
     parser.add_argument("--check", type=Path, help="a document that must hold the tables; nothing is trained")
     arguments = parser.parse_args()
     if arguments.check is None and not RECORD.exists():
-        for stage in BEGINS_FROM:
-            train(stage, arguments.procs)
+        for stage in STAGES:
+            train(stage)
         measure()
         keep(RECORD, measured())
     record = json.loads(RECORD.read_text())
     if all(article_of(number).exists() for number in range(ARTICLES)) and record != record | measured():
-        print(f"error: {RECORD} does not say what {SEED} says (delete it to have it written anew)", file=sys.stderr)
+        print(f"error: {RECORD} does not say what {RUNS} says (delete it to have it written anew)", file=sys.stderr)
         return 1
     return printed((figures(record), sample_table(record["samples"]), articles(record)), arguments.check)
 
 
-def train(stage: str, procs: str) -> None:
-    """Trains what has not ended yet; what was interrupted goes on. Of held-out pairs only the test half is measured, behind SFT."""
-    run, before = SEED / stage, RunDir(SEED / BEGINS_FROM[stage])
-    if not before.final.exists():
-        record = record_of(int(SEED.name))
-        raise UserError(f"{before.path} holds no finished run (train it: python examples/small/results.py {SEED.name}, without {record})")
-    always = [f"run.dir={run}", f"run.init_from={before.path}", "track.wandb=false"]
-    config = configure.load(Path(f"configs/small/{stage}.yaml"), always)
-    config.evaluate.splits = {"test": str(HELD_OUT / "test")} if stage == "sft" else {}
-    config.evaluate.text = None
-    file = run.with_suffix(".yaml")
-    write_atomic(file, configure.to_yaml(config).encode())
-    end_where_it_fails(BIN / "xc-train", "run", file, "--procs", procs)
+def train(stage: str) -> None:
+    """Trains what has not ended yet; what was interrupted goes on. Stages that learn captions are measured on the test pairs."""
+    config = configure.load(Path(f"configs/small/{stage}.yaml"), [*STAGES[stage], f"run.dir={RUNS / stage}"])
+    run_stage(config, {} if stage == "compose" else {"test": str(HELD_OUT / "test")}, PROCS[stage])
 
 
 def measure() -> None:
     """Asks what has not been asked yet, and writes the articles."""
     for suite, data in SUITES.items():
-        for out in (tables_of(stage, suite) for stage in BEGINS_FROM):
+        for out in (tables_of(stage, suite) for stage in LATER):
             if not out.exists():
                 end_where_it_fails(BIN / "xc-compose", "eval", out.parent, "--suite", suite, *data, "-o", out)
     if not COLLECTION.exists():
@@ -97,33 +92,34 @@ def measure() -> None:
         if not article_of(number).exists():
             article_of(number).with_suffix(".json").unlink(missing_ok=True)  # of one that was cut off
             asked = ("--instruction", f"Explain: {page.title}", "--collection", COLLECTION, "-o", article_of(number))
-            end_where_it_fails(BIN / "xc-compose", "article", SEED / "compose", *asked)
+            end_where_it_fails(BIN / "xc-compose", "article", RUNS / "compose", *asked)
 
 
 def tables_of(stage: str, suite: str) -> Path:
     """Where a suite's tables lie."""
-    return SEED / stage / f"{suite}.json"
+    return RUNS / stage / f"{suite}.json"
 
 
 def article_of(number: int) -> Path:
     """Where an article lies; its steps lie beside it."""
-    return SEED / "compose" / f"article-{number}.html"
+    return RUNS / "compose" / f"article-{number}.html"
 
 
 def measured() -> dict[str, Any]:
     """`figures` by stage and suite, each with its standard error and what it is to be compared with; `samples`, `articles`."""
-    found: dict[str, dict[str, Any]] = {stage: {} for stage in ("pretrain", *BEGINS_FROM)}
+    found: dict[str, dict[str, Any]] = {stage: {} for stage in STAGES}
     for stage in ("pretrain", "sft"):
-        test = json.loads(RunDir(SEED / stage).evaluation.read_text())["splits"]["test"]
+        test = json.loads(RunDir(RUNS / stage).evaluation.read_text())["splits"]["test"]
         found[stage]["captions"] = {figure: [test[figure], test["stderr"][figure], None] for of, figure in ROWS if of == "captions"}
-    for stage in BEGINS_FROM:
+    for stage in LATER:
         for suite in SUITES:
             rows = json.loads(tables_of(stage, suite).read_text())["tables"][0]["rows"]
             found[stage][suite] = {row["figure"]: [row["value"], row["stderr"], row["beside"]] for row in rows}
-        found[stage]["minutes"] = RunDir(SEED / stage).lived_s() / 60
+    for stage in STAGES:
+        found[stage]["minutes"] = RunDir(RUNS / stage).lived_s() / 60
     written = [json.loads(article_of(number).with_suffix(".json").read_text()) for number in range(ARTICLES)]
     kept = [{key: article[key] for key in ("instruction", "article", "steps")} for article in written]
-    samples = json.loads(RunDir(SEED / "sft").evaluation.read_text())["splits"]["test"]["samples"]
+    samples = json.loads(RunDir(RUNS / "sft").evaluation.read_text())["splits"]["test"]["samples"]
     return {"figures": found, "samples": shown(samples), "articles": kept}
 
 
@@ -138,7 +134,7 @@ def figures(record: dict[str, Any]) -> str:
             cells.append("" if value is None else f"{value:.3f}" + (f" ± {stderr:.3f}" if stderr else ""))
             beside = beside if guess is None else f"{guess:.3f}"
         lines.append(f"| {words} | {' | '.join(cells)} | {beside} |")
-    minutes = [f"{found['minutes']:.1f}" if "minutes" in found else "" for found in stages.values()]
+    minutes = [f"{found['minutes']:.1f}" for found in stages.values()]
     return "\n".join([*lines, f"| minutes of training, {record['processor']} | {' | '.join(minutes)} | |"])
 
 
