@@ -190,8 +190,7 @@ def _text(checkpoint: Path, data: Path | None, base: Path | None) -> Measure:
 
 def _read_text(opened: Opened, folder: Path) -> tuple[Scores, str]:
     scorer = Scorer(opened.model, opened.tokenizer, opened.config)
-    segments = scorer.texts(folder)
-    return scorer.score(segments), scorer.logits_digest(segments)
+    return scorer.read(scorer.texts(folder))
 
 
 def _choices(checkpoint: Path, data: Path | None, base: Path | None) -> Measure:

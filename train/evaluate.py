@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from data_pipeline.batch import PackedBatch, Segment, assemble
+from data_pipeline.batch import IGNORE, PackedBatch, Segment, assemble
 from data_pipeline.errors import UserError
 from data_pipeline.read.images import Picture
 from data_pipeline.read.materialise import Materialiser
@@ -149,22 +151,19 @@ class Scorer:
 
     def text(self, folder: Path) -> dict[str, Any]:
         """Loss on text alone, and a digest of all its logits: equal digests mean equal models, as far as text goes."""
-        segments = self.texts(folder)
-        scores = self.score(segments)
-        return {
-            "nll": scores.mean(),
-            "stderr": scores.stderr(),
-            "tokens": int(scores.tokens.sum()),
-            "logits_sha256": self.logits_digest(segments),
-        }
+        scores, digest = self.read(self.texts(folder))
+        return {"nll": scores.mean(), "stderr": scores.stderr(), "tokens": int(scores.tokens.sum()), "logits_sha256": digest}
 
     @torch.no_grad()
-    def logits_digest(self, segments: Sequence[Segment]) -> str:
-        """SHA-256 of the logits before every supervised token."""
-        digest = hashlib.sha256()
-        for batch, _ in self._batches(segments):
-            digest.update(self.model.logits(batch)[: batch.supervised].float().cpu().numpy().tobytes())
-        return digest.hexdigest()
+    def read(self, segments: Sequence[Segment]) -> tuple[Scores, str]:
+        """As `score`, and SHA-256 of the logits before every supervised token, of one pass."""
+        digest, parts = hashlib.sha256(), []
+        for batch, count in self._batches(segments):
+            logits_LV = self.model.logits(batch)
+            digest.update(logits_LV[: batch.supervised].cpu().numpy())
+            per_target_L = F.cross_entropy(logits_LV, batch.targets, reduction="none", ignore_index=IGNORE)
+            parts.append(_by_segment(batch, count, per_target_L))
+        return _joined(parts), digest.hexdigest()
 
     def texts(self, folder: Path) -> list[Segment]:
         """The segments of a held-out plain-text source."""
@@ -215,14 +214,7 @@ class Scorer:
     @torch.no_grad()
     def score(self, segments: Sequence[Segment]) -> Scores:
         """Negative log-likelihood of the supervised tokens of each segment; those of one picture are best neighbours."""
-        parts, counts = [], []
-        for batch, count in self._batches(segments):
-            per_target_L = self.model(batch).per_target_L
-            sums = per_target_L.new_zeros(count + 1, dtype=torch.float64)
-            sums.index_add_(0, batch.target_segment, per_target_L.double())
-            parts.append(sums[:count].cpu().numpy())
-            counts.append(np.bincount(batch.target_segment[: batch.supervised].cpu().numpy(), minlength=count))
-        return Scores(np.concatenate(parts), np.concatenate(counts))
+        return _joined([_by_segment(batch, count, self.model(batch).per_target_L) for batch, count in self._batches(segments)])
 
     def _batches(self, segments: Sequence[Segment]) -> Iterator[tuple[PackedBatch, int]]:
         """Segments in their order, cut into batches, one at a time in memory; and how many each holds."""
@@ -300,6 +292,18 @@ class Scorer:
         source = ShardSource(name, folder, key=evaluate_key(name))
         source.require_tokenizer(self.tokenizer.digest)
         return source
+
+
+def _by_segment(batch: PackedBatch, count: int, per_target_L: Tensor) -> Scores:
+    """The scores of a batch of so many segments."""
+    sums = per_target_L.new_zeros(count + 1, dtype=torch.float64)
+    sums.index_add_(0, batch.target_segment, per_target_L.double())
+    tokens = np.bincount(batch.target_segment[: batch.supervised].cpu().numpy(), minlength=count)
+    return Scores(sums[:count].cpu().numpy(), tokens)
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    return Scores(np.concatenate([part.nll for part in parts]), np.concatenate([part.tokens for part in parts]))
 
 
 def _behind(rendered: Rendered, picture: Picture | None) -> Segment:

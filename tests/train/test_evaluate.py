@@ -1,5 +1,6 @@
 """Held-out figures mean what they say, and decoding is what the model's own logits prefer."""
 
+import hashlib
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -75,6 +76,24 @@ def test_a_score_is_the_cross_entropy_of_the_caption_and_its_end(scorer):
         logits = scorer.model.logits(batch)[: batch.supervised]
     expected = F.cross_entropy(logits, batch.targets[: batch.supervised], reduction="sum").item()
     assert scorer.score([segment]).nll[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_reading_scores_as_scoring_does_and_digests_the_logits_in_the_same_pass(scorer):
+    segments = [scorer._segment(caption, None) for caption in ("red apple " * 700, "parrot " * 900, "sun behind cloud")]
+    passes = []
+    hook = scorer.model.decoder.register_forward_pre_hook(lambda *_: passes.append(1))
+    try:
+        scores, digest = scorer.read(segments)
+    finally:
+        hook.remove()
+    logits = hashlib.sha256()
+    with torch.no_grad():
+        batches = [scorer.model.logits(batch)[: batch.supervised] for batch, _ in scorer._batches(segments)]
+    for part in batches:
+        logits.update(part.numpy().tobytes())
+    assert digest == logits.hexdigest() and len(passes) == len(batches) == 2
+    asked = scorer.score(segments)
+    assert scores.nll == pytest.approx(asked.nll, rel=1e-5) and scores.tokens.tolist() == asked.tokens.tolist()
 
 
 def test_greedy_captions_are_what_the_logits_prefer_word_by_word_and_do_not_depend_on_the_neighbours(scorer):
