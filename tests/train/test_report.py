@@ -220,6 +220,28 @@ def test_a_run_without_evaluation_gives_a_page_that_says_so(tmp_path: Path) -> N
     assert set(split.values()) == {None}
 
 
+@pytest.mark.parametrize("named", [("validation", "test"), ("birds/validation", "birds/test"), ("birds",)])
+def test_held_out_data_of_any_name_has_its_tiles_rows_and_pictures(tmp_path, named) -> None:
+    heading = "Held-out pictures" if "test" in named else "birds"
+    run = finished(tmp_path, "pretrain", 0, 10)
+    evaluated(run, 0.1)
+    evaluation = json.loads(run.evaluation.read_text())
+    evaluation["splits"] = dict(zip(named, list(evaluation["splits"].values())[-len(named) :], strict=True))
+    evaluation["splits"][named[-1]]["pictures"] = 368
+    write_json(run.evaluation, evaluation)
+    page = write_report(tmp_path).read_text()
+    assert f"Right caption picked out of ten, {heading.lower()}" in page and "pretrain: above chance on 368 pictures" in page
+    assert (
+        f"<h3>{heading}, test half</h3>" in page and f"<b>{heading}.</b> The first 1 of the test half" in page and "<dt>picks</dt>" in page
+    )
+    assert page.count('<td class="left">validation</td>') == len(named) - 1 and page.count('<td class="left">test</td>') == 1
+    assert "Unseen" not in page
+    figures = json.loads((tmp_path / "summary.json").read_text())["stages"]["pretrain"]
+    assert {name: split["nll_right"] for name, split in figures.items()} == {
+        named[-1].removesuffix("/test").replace("test", "held_out"): evaluation["splits"][named[-1]]["nll_right"]
+    }
+
+
 def test_a_run_that_never_started_gives_a_page(tmp_path: Path) -> None:
     make_run(tmp_path, "sft")
     page = write_report(tmp_path).read_text()

@@ -91,7 +91,7 @@ def render(title: str, stages: list[Stage], summary: dict[str, Any]) -> str:
         summary=summary,
         splits=[(split, *split_title(split)) for split in splits],
         rows=rows(stages, splits),
-        gallery=[(split, *split_title(split), gallery(stages, f"{split}/test")) for split in splits],
+        gallery=[(split, *split_title(split), gallery(stages, split)) for split in splits],
         verdict=verdict,
         twice=sorted({name for name in names if names.count(name) > 1}),
         machine=_machine(stages),

@@ -34,6 +34,10 @@ class Fate(Enum):
     failed = "failed"  # it says why (codes 2 and 70)
 
 
+HALVES = ("validation", "test")
+"""Of a held-out split: the first is for choosing settings, the second for what is reported."""
+
+
 @dataclass(frozen=True)
 class Life:
     """One process group's time on a run."""
@@ -112,13 +116,25 @@ class Stage:
         """Lives that went on from a checkpoint."""
         return sum(life.resumed_from is not None for life in self.lives)
 
-    def split(self, name: str) -> dict[str, Any] | None:
-        """Held-out figures of one split, such as `unseen_picture/test`."""
-        return ((self.evaluation or {}).get("splits") or {}).get(name)
+    def split(self, name: str, half: str = "test") -> dict[str, Any] | None:
+        """Held-out figures of a half of one split, such as the test half of `unseen_picture`."""
+        return next((found for key, found in self.splits().items() if split_and_half(key) == (name, half)), None)
+
+    def splits(self) -> dict[str, dict[str, Any]]:
+        """All held-out figures, by the name that `evaluate.splits` gives."""
+        return (self.evaluation or {}).get("splits") or {}
 
     def text(self) -> dict[str, Any] | None:
         """Figures on held-out text."""
         return (self.evaluation or {}).get("text")
+
+
+def split_and_half(name: str) -> tuple[str, str]:
+    """What a name of `evaluate.splits` says: `birds/validation` is a half of `birds`, `test` one of what has no other name; a split that
+    is not halved counts as a test half.
+    """
+    split, _, half = name.rpartition("/")
+    return (split or "held_out", half) if half in HALVES else (name, "test")
 
 
 def collect(folder: Path, now: float | None = None) -> list[Stage]:

@@ -8,13 +8,14 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from train.report.collect import Stage
+from train.report.collect import HALVES, Stage
 
 CHANCE = 0.1
 """Retrieval picks one caption of ten."""
 SPLIT_NOTES = {
     "unseen_picture": ("Unseen pictures", "The concept was trained on, drawn in another art style; this picture of it never was."),
     "unseen_concept": ("Unseen concepts", "Neither picture nor caption was trained on, in any style."),
+    "held_out": ("Held-out pictures", ""),
 }
 
 
@@ -62,8 +63,8 @@ def rows(stages: list[Stage], splits: list[str]) -> dict[str, list[Row]]:
     table: dict[str, list[Row]] = {split: [] for split in splits}
     for split in splits:
         for stage in (s for s in stages if s.stage != "language"):
-            for half in ("validation", "test"):
-                own, blind = stage.split(f"{split}/{half}"), base.split(f"{split}/{half}") if base else None
+            for half in HALVES:
+                own, blind = stage.split(split, half), base.split(split, half) if base else None
                 if own is None or "nll_right" not in own:
                     continue
                 figures = {name: _figure(own, name) for name in ("nll_right", "nll_wrong", "nll_blind", "retrieval_of_10", "greedy_exact")}
@@ -83,7 +84,7 @@ def verdict(figure: tuple[float, float | None] | None, pictures: int | None) -> 
 
 
 def gallery(stages: list[Stage], split: str) -> list[Card]:
-    """The stored samples of a split, each once, with the captions of every stage that has it."""
+    """The stored samples of a split's test half, each once, with the captions of every stage that has it."""
     cards: dict[str, Card] = {}
     for stage in stages:
         for sample in (stage.split(split) or {}).get("samples") or []:

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from typing import Any
 
-from train.report.collect import Stage
+from train.report.collect import Stage, split_and_half
 
 STAGES = ("pretrain", "sft")
 SPLITS = ("unseen_picture", "unseen_concept")
@@ -34,9 +34,9 @@ def summarise(stages: list[Stage]) -> dict[str, Any]:
 
 
 def split_names(stages: list[Stage]) -> list[str]:
-    """Held-out splits that have a test half; the demo's two always."""
-    measured = [name for stage in stages for name in (stage.evaluation or {}).get("splits") or {}]
-    return list(dict.fromkeys([*SPLITS, *(name.removesuffix("/test") for name in measured if name.endswith("/test"))]))
+    """Held-out splits that were measured; the demo's two where one of them was, or nothing."""
+    found = [split for stage in stages for split, _ in map(split_and_half, stage.splits())]
+    return list(dict.fromkeys([*(SPLITS if set(SPLITS) & set(found) or not found else ()), *found]))
 
 
 def ledger_counts(stages: list[Stage]) -> dict[str, dict[str, int]]:
@@ -67,9 +67,8 @@ def _by_reason(entries: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _split(stage: Stage | None, language: Stage | None, split: str) -> dict[str, Any]:
-    name = f"{split}/test"
-    own = (stage.split(name) if stage else None) or {}
-    base = (language.split(name) if language else None) or {}
+    own = (stage.split(split) if stage else None) or {}
+    base = (language.split(split) if language else None) or {}
     errors = {**(own.get("stderr") or {}), "nll_language_model": (base.get("stderr") or {}).get("nll_blind")}
     return {
         **{figure: own.get(figure) for figure in FIGURES},
