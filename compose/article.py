@@ -66,6 +66,7 @@ def compose(
     most: int,
     max_tokens: int,
     sampling: Sampling,
+    tell: Callable[[str], None] = lambda words: None,
 ) -> Article:
     """Writes an article and gives it at most `most` pictures.
 
@@ -77,16 +78,21 @@ def compose(
         most: pictures at most.
         max_tokens: longest text.
         sampling: how the text is drawn; every choice after it is greedy.
+        tell: hears what is being done: a text takes minutes on a CPU.
 
     Raises:
         UserError: the instruction does not fit the model.
     """
     article = Article(instruction)
+    tell(f"writing, {max_tokens} tokens at most")
     _write(assistant, article, references, max_tokens, sampling)
     if find is None:
         return article
-    for line in _choose_lines(assistant, article, most):
+    tell(f"choosing places for pictures in {len(article.lines)} paragraphs")
+    places = _choose_lines(assistant, article, most)
+    for number, line in enumerate(places, 1):
         words = _caption(assistant, article, line)
+        tell(f"picture {number} of {len(places)}: {words}")
         used = {picture.digest for picture, _ in article.pictures.values()}
         candidates = find(words, used)[:CANDIDATES]
         names = [f"{c.name}: {c.caption}" if c.caption else c.name for c in candidates]

@@ -8,6 +8,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from data_pipeline.command_line import command_line
@@ -222,7 +223,8 @@ def _article(args: argparse.Namespace) -> int:
     writer = assistant.load(args.checkpoint)
     most = args.pictures if args.collection else min(args.pictures, len(references))
     sampling = Sampling(args.temperature, args.top_p, args.seed)
-    article = compose(writer, args.instruction, references, find, most, args.max_tokens, sampling)
+    tell = partial(print, flush=True)
+    article = compose(writer, args.instruction, references, find, most, args.max_tokens, sampling, tell)
     facts = {"checkpoint": str(args.checkpoint), "weights": writer.weights, "stage": writer.stage.value}
     facts |= {"collection": str(args.collection) if args.collection else None, "images": args.images}
     facts |= {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}

@@ -221,13 +221,18 @@ def sample_table(samples: list[dict[str, Any]]) -> str:
     lines = ["| picture | its caption | written | chosen of ten |", "|---|---|---|---|"]
     for s in samples:
         cells = (s["key"], s["reference"], marked(s["generated"], s["generated_right"]), marked(s["retrieved"], s["retrieved_right"]))
-        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+        lines.append(row(cells))
     return "\n".join(lines)
+
+
+def row(cells: Sequence[str]) -> str:
+    """A row of a table: what a model writes may hold bars and newlines."""
+    return f"| {' | '.join(' '.join(cell.replace('|', '/').split()) for cell in cells)} |"
 
 
 def marked(words: str, right: bool) -> str:
     """Bold where it is right."""
-    return f"**{words}**" if right else words
+    return f"**{words.strip()}**" if right else words
 
 
 if __name__ == "__main__":

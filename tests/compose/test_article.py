@@ -99,9 +99,10 @@ def test_a_short_context_loses_lines_then_candidates_and_never_the_article(assis
 
 
 def test_a_search_that_finds_nothing_leaves_the_line_bare_and_is_said_in_record_and_page(assistant, tmp_path):
-    scripted = Scripted(assistant, [TEXT, "<Seg0>", "A red apple"])
-    article = compose(scripted, "Write about fruit", [], lambda text, used: [], 3, 100, GREEDY)
+    scripted, told = Scripted(assistant, [TEXT, "<Seg0>", "A red apple"]), []
+    article = compose(scripted, "Write about fruit", [], lambda text, used: [], 3, 100, GREEDY, told.append)
     assert not article.pictures
+    assert told == ["writing, 100 tokens at most", "choosing places for pictures in 4 paragraphs", "picture 1 of 1: A red apple"]
     assert [s.step for s in article.steps if s.fallback] == ["retrieve"]
     write(article, {"checkpoint": "runs/x", "stage": "sft", "collection": None}, tmp_path / "a.html", tmp_path / "a.json")
     said = "found none that is still there and not used yet; left the line without a picture"
