@@ -33,16 +33,21 @@ ROOM = 256 << 20
 """Bytes that are left for the batch that does not fit."""
 
 
-def storages() -> dict[int, int]:
-    """Bytes of every living storage by its address."""
+def storages() -> dict[int, torch.UntypedStorage]:
+    """Every living storage by its address, which no other takes while this is held."""
     gc.collect()
     found = {}
     for thing in gc.get_objects():
         if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":  # isinstance would wake lazy objects
             for tensor in (thing, thing.grad if thing.is_leaf else None):
                 if tensor is not None and tensor.untyped_storage().nbytes():
-                    found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                    found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
     return found
+
+
+def sizes() -> dict[int, int]:
+    """Bytes of every living storage by its address."""
+    return {address: storage.nbytes() for address, storage in storages().items()}
 
 
 def engine_of(config: Config, dtype: torch.dtype, ranks: Ranks) -> Engine:
@@ -71,7 +76,7 @@ def held(config: Config, dtype: torch.dtype, batch: PackedBatch, ranks: Ranks) -
     add_gradient(engine, batch)
     engine.step(1e-3)
     add_gradient(engine, batch)
-    size = sum(size for address, size in storages().items() if address not in before)
+    size = sum(storage.nbytes() for address, storage in storages().items() if address not in before)
     engine.step(1e-3)
     added.append(sizes_in_rehearsal(engine, batch))
     moments = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if value.dim())
@@ -80,8 +85,8 @@ def held(config: Config, dtype: torch.dtype, batch: PackedBatch, ranks: Ranks) -
 
 def sizes_in_rehearsal(engine: Engine, batch: PackedBatch) -> list[int]:
     """Bytes of each storage that is there when a rehearsal begins its forward pass, and was not before."""
-    before, during = storages().items(), dict[int, int]()
-    hook = engine.module.register_forward_pre_hook(lambda *_: during.update(storages()))
+    before, during = sizes().items(), dict[int, int]()
+    hook = engine.module.register_forward_pre_hook(lambda *_: during.update(sizes()))
     engine.rehearse(batch)
     hook.remove()
     return [size for _, size in during.items() - before]
