@@ -131,9 +131,9 @@ def train(seed: int, procs: str) -> None:
         config = configure.load(Path(f"configs/small/{stage}.yaml"), [f"run.seed={seed}", f"run.dir={RUNS / str(seed) / stage}"])
         run_stage(config, {"test": str(HELD_OUT / "test")}, procs)
     *_, text, alike = files_of(seed)
-    for file, suite in ((text, ["text"]), (alike, ["captions", "--data", ALIKE])):
+    for file, suite, data in ((text, "text", HELD_OUT / "text"), (alike, "captions", ALIKE)):
         if not file.exists():
-            end_where_it_fails(BIN / "xc-compose", "eval", file.parent, "--suite", *suite, "-o", file)
+            end_where_it_fails(BIN / "xc-compose", "eval", file.parent, "--suite", suite, "--data", data, "-o", file)
 
 
 def run_stage(config: Config, splits: dict[str, str], procs: str) -> None:

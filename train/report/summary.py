@@ -1,6 +1,7 @@
 """The figures of a model's stages as one small JSON tree: what scripts and issues quote.
 
-Invariant: the keys never depend on what was measured; what is missing is null. Held-out figures are of the test halves alone.
+Invariant: a held-out split that any stage measured stands under every stage, with the same keys; what is missing is
+null. Held-out figures are of the test halves alone.
 """
 
 import math
