@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from results import BIN, HELD_OUT, end_where_it_fails, exit_with, keep, marked, printed, run_stage
+from records import BIN, HELD_OUT, end_where_it_fails, exit_with, keep, marked, printed, run_stage
 
 from train import configure
 from train.config import Config

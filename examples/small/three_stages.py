@@ -17,13 +17,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from results import BIN, HELD_OUT, RECORDS, end_where_it_fails, exit_with, keep, printed, row, run_stage, sample_table, shown
+from records import BIN, HELD_OUT, RESULTS, end_where_it_fails, exit_with, keep, printed, row, run_stage, sample_table, shown
 
 from compose import places
 from train import configure
 from train.run_dir import RunDir
 
-RECORD = RECORDS / "stages.json"
+RECORD = RESULTS / "stages.json"
 RUNS = Path("runs/small/stages")
 STAGES = {
     "pretrain": ["data.sources.pairs.weight=3"],

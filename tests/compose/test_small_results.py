@@ -43,7 +43,8 @@ def held_out(seed: int) -> dict:
 
 def write_seed(seed: int) -> None:
     """Figures that tell seeds apart, where results.py finds them."""
-    from results import ALIKE, HELD_OUT, RUNS, measured, record_of
+    from records import HELD_OUT
+    from results import ALIKE, RUNS, measured, record_of
 
     item = {"caption": "tool: saw", "candidates": ["tool: saw", "animal: bull", "tool: axe", "plant: oak"]}
     for half in (HELD_OUT / "test", ALIKE):
@@ -63,12 +64,13 @@ def check(monkeypatch, program, document: Path) -> int:
 
 
 def test_the_check_of_results_fails_where_the_document_says_something_else(monkeypatch, tmp_path, capsys):
+    import records
     import results
 
     for seed in (0, 1):
         write_seed(seed)
     document = tmp_path / "results.md"
-    document.write_text(f"# Results\n\n{results.figures([0, 1])}\n\n{results.sample_table(results.recorded(0)['samples'])}\n")
+    document.write_text(f"# Results\n\n{results.figures([0, 1])}\n\n{records.sample_table(results.recorded(0)['samples'])}\n")
     assert check(monkeypatch, results, document) == 0
     said = document.read_text()
     seeds = "| 0.500 ± 0.020 | 0.510 ± 0.020 | **0.505** ± 0.007"
@@ -96,7 +98,7 @@ def test_the_check_of_results_fails_where_the_document_says_something_else(monke
 
 
 def test_the_check_of_stages_fails_where_the_document_or_a_run_says_something_else(monkeypatch, tmp_path, capsys):
-    import results
+    import records
     import three_stages as stages
 
     for stage in stages.STAGES:
@@ -112,7 +114,7 @@ def test_the_check_of_stages_fails_where_the_document_or_a_run_says_something_el
         stages.article_of(number).touch()
     record = {"processor": "a processor", **stages.measured()}
     write(stages.RECORD, record)
-    tables = (stages.figures(record), results.sample_table(record["samples"]), stages.articles(record))
+    tables = (stages.figures(record), records.sample_table(record["samples"]), stages.articles(record))
     said = "\n\n".join(tables)
     assert "| figure of a caption, among four |  | 0.400 ± 0.100 | 0.400 ± 0.100 | 0.250 |" in said
     assert "| minutes of training, a processor | 20.0 | 20.0 | 20.0 | |" in said
@@ -195,14 +197,16 @@ def test_beside_another_part_the_projector_keeps_the_rate_that_it_prefers_alone(
 
 
 def test_a_training_measures_the_pairs_that_it_is_told_and_nothing_else(monkeypatch, tmp_path):
+    import records
     import results
 
     asked = []
-    monkeypatch.setattr(results, "end_where_it_fails", lambda *command: asked.append(command))
+    for module in (records, results):
+        monkeypatch.setattr(module, "end_where_it_fails", lambda *command: asked.append(command))
     monkeypatch.chdir(EXAMPLES.parent)
     config = configure.load(Path("configs/small/pretrain.yaml"), [f"run.dir={tmp_path / 'seeds' / 'run'}"])
     assert set(config.evaluate.splits) == {"validation", "test"} and config.evaluate.text
-    results.run_stage(config, {"test": "pairs"}, "2")
+    records.run_stage(config, {"test": "pairs"}, "2")
     (program, run, file, *procs) = asked[0]
     written = configure.load(file)
     assert (program.name, run, procs) == ("xc-train", "run", ["--procs", "2"])
