@@ -223,7 +223,7 @@ def _article(args: argparse.Namespace) -> int:
     writer = assistant.load(args.checkpoint)
     most = args.pictures if args.collection else min(args.pictures, len(references))
     sampling = Sampling(args.temperature, args.top_p, args.seed)
-    tell = partial(print, flush=True)
+    tell = partial(print, file=sys.stderr, flush=True)
     article = compose(writer, args.instruction, references, find, most, args.max_tokens, sampling, tell)
     facts = {"checkpoint": str(args.checkpoint), "weights": writer.weights, "stage": writer.stage.value}
     facts |= {"collection": str(args.collection) if args.collection else None, "images": args.images}

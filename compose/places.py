@@ -83,11 +83,11 @@ class Found:
     """What a model did, by step."""
 
     lines: np.ndarray
-    """F1 of the lines that it chose, by page."""
+    """F1 of the lines that it chose, or that the rule took where its answer was not as asked, by page."""
     evenly: np.ndarray
     """F1 of lines that are spread evenly, which is what an article falls back to."""
     as_asked: np.ndarray
-    """Whether its answer was marks alone, by page."""
+    """Whether its answer needed no rule, by page."""
     captions: Hits
     """Whether the author's caption was likelier than those of three other documents, by place."""
     pictures: Hits

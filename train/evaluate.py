@@ -110,7 +110,7 @@ class Scorer:
         found, guessed = self._pictures_of_captions(items, pixels)
         longest = max(len(self.tokenizer.encode(caption)) for caption in captions)
         greedy = self._greedy([pixels[item["key"]] for item in items], max(GREEDY_TOKENS, longest + 1))
-        exact = np.asarray([g == self._normal(c) for g, c in zip(greedy, captions, strict=True)])
+        exact = np.asarray([self._is(g, c) for g, c in zip(greedy, captions, strict=True)])
         # Differences by picture: their errors are far smaller than those of the losses, which differ by caption.
         sees = Scores(wrong.nll - right.nll, right.tokens)
         helps = Scores(blind.nll - right.nll, right.tokens)
@@ -272,9 +272,9 @@ class Scorer:
             captions += greedy_captions(self.model, part, self.tokenizer, most)
         return captions
 
-    def _normal(self, caption: str) -> str:
-        """A caption as the tokenizer would write it."""
-        return self.tokenizer.decode(self.tokenizer.encode(caption))
+    def _is(self, written: str, caption: str) -> bool:
+        """Whether what was written is the caption as the tokenizer would write it. The newline that ends a turn is no part of it."""
+        return written.strip() == self.tokenizer.decode(self.tokenizer.encode(caption)).strip()
 
     def _read_split(self, name: str, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Picture]]:
         split = self.open(name, folder)

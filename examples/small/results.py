@@ -133,6 +133,7 @@ def measured(seed: int) -> dict[str, Any]:
     found["picture among ten that are alike"] = among_alike["picture_of_10"]
     found["caption among ten alike, by guessing among those of the right category"] = [category_alone(ALIKE), None]
     found[BLIND] = [control["nll_blind"], control["stderr"]["nll_blind"]]
+    found["number format"] = of_pretrain["dtype"].removeprefix("torch.")
     found["text alone: logits"] = text["notes"][0].removeprefix("Logits ").rstrip(".")
     found[MINUTES] = [pretrain.lived_s() / 60, None]
     found["minutes of the language model's"] = [blind.lived_s() / 60, None]

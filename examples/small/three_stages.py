@@ -51,7 +51,7 @@ ROWS = {
     ("text", "minus_base"): "change of nats a token on text alone",
     ("composition", "lines_f1"): "lines that pictures follow (F1)",
     ("composition", "lines_as_asked"): "answers to that in the form asked for",
-    ("composition", "caption_of_4"): "caption of a figure, among four",
+    ("composition", "caption_of_4"): "caption of a figure, among four, by the text before it",
     ("composition", "picture_of_4"): "figure of a caption, among four",
 }
 """Suite and figure; what the table calls it."""
@@ -107,18 +107,20 @@ def article_of(number: int) -> Path:
 
 
 def measured() -> dict[str, Any]:
-    """`figures` by stage and suite, each with its standard error and what it is to be compared with; `samples`, `articles`."""
+    """`figures` by stage and suite, each with its standard error, what it is to be compared with and, of suites, how many it is of;
+    `samples`, `articles`.
+    """
     found: dict[str, dict[str, Any]] = {stage: {} for stage in STAGES}
     for stage in ("pretrain", "sft"):
         test = json.loads(RunDir(RUNS / stage).evaluation.read_text())["splits"]["test"]
         found[stage]["captions"] = {figure: [test[figure], test["stderr"][figure], None] for of, figure in ROWS if of == "captions"}
     for stage, suite in SUITES:
         rows = json.loads(tables_of(stage, suite).read_text())["tables"][0]["rows"]
-        found[stage][suite] = {row["figure"]: [row["value"], row["stderr"], row["beside"]] for row in rows}
+        found[stage][suite] = {row["figure"]: [row["value"], row["stderr"], row["beside"], row["count"]] for row in rows}
     for stage in STAGES:
         found[stage]["minutes"] = RunDir(RUNS / stage).lived_s() / 60
     written = [json.loads(article_of(number).with_suffix(".json").read_text()) for number in range(ARTICLES)]
-    kept = [{key: article[key] for key in ("instruction", "article", "steps")} for article in written]
+    kept = [{key: article[key] for key in ("instruction", "made_with", "article", "steps")} for article in written]
     samples = json.loads(RunDir(RUNS / "sft").evaluation.read_text())["splits"]["test"]["samples"]
     return {"figures": found, "samples": shown(samples), "articles": kept}
 
@@ -126,11 +128,11 @@ def measured() -> dict[str, Any]:
 def figures(record: dict[str, Any]) -> str:
     """A column a stage."""
     stages = record["figures"]
-    lines = [f"| | {' | '.join(stages)} | without a model that knows |", "|---" * (len(stages) + 2) + "|"]
+    lines = [f"| | {' | '.join(stages)} | to compare with |", "|---" * (len(stages) + 2) + "|"]
     for (suite, figure), words in ROWS.items():
         cells, beside = [], ""
         for found in stages.values():
-            value, stderr, guess = found.get(suite, {}).get(figure, (None, None, None))
+            value, stderr, guess, *_ = found.get(suite, {}).get(figure, (None, None, None))
             cells.append("" if value is None else f"{value:.3f}" + (f" ± {stderr:.3f}" if stderr else ""))
             beside = beside if guess is None else f"{guess:.3f}"
         lines.append(f"| {words} | {' | '.join(cells)} | {beside} |")

@@ -202,7 +202,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     with pytest.raises(SystemExit) as ended:
         main(["article", *map(str, arguments)])
     said = capsys.readouterr()
-    return int(ended.value.code or 0), said.err or said.out
+    return int(ended.value.code or 0), said.err if ended.value.code else said.out
 
 
 def test_a_model_that_learnt_nothing_still_gives_a_page_with_ones_own_pictures(run_dir, tmp_path, capsys):
@@ -225,6 +225,7 @@ def test_an_article_takes_its_pictures_from_a_collection(run_dir, collection, tm
     code, said = run(capsys, *common, "-o", tmp_path / "a.html")
     assert code == 0, said
     assert f"open {tmp_path / 'a.html'}" in said
+    assert "paragraphs, " in said.splitlines()[0], "progress goes to stderr: a reader who leaves ends no article"
     record = json.loads((tmp_path / "a.json").read_text())
     retrieved = [step for step in record["steps"] if step["step"] == "retrieve"]
     placed = record["article"]["pictures"]

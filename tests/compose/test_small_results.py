@@ -50,7 +50,7 @@ def write_seed(seed: int) -> None:
     for half in (HELD_OUT / "test", ALIKE):
         write(half / "candidates.json", {"items": [item, {**item, "caption": "plant: oak"}]})
     for stage in ("blind", "pretrain"):
-        write(RUNS / str(seed) / stage / "evaluation.json", {"splits": {"test": held_out(seed)}})
+        write(RUNS / str(seed) / stage / "evaluation.json", {"dtype": "torch.bfloat16", "splits": {"test": held_out(seed)}})
         lived(RUNS / str(seed) / stage, 600)
     write(RUNS / str(seed) / "pretrain" / "text.json", {"tables": [{"notes": ["Logits are the same."]}]})
     rows = [{"figure": f, "value": 0.3, "stderr": 0.02} for f in ("retrieval_of_10", "picture_of_10")]
@@ -81,6 +81,7 @@ def test_the_check_of_results_fails_where_the_document_says_something_else(monke
     assert "| caption among ten that are alike | 0.300 ± 0.020 | 0.300 ± 0.020 | **0.300** ± 0.000 |  |" in said
     assert "by guessing among those of the right category | 0.750 | 0.750 | **0.750** ± 0.000 |" in said
     assert "| k/1 | a saw | **a saw** | a bull |" in said
+    assert "| number format | bfloat16 | bfloat16 | | |" in said
     assert "| trained on | a processor | a processor | | |" in said
     document.write_text(said.replace("0.510", "0.610"))
     assert check(monkeypatch, results, document) == 1
@@ -105,12 +106,15 @@ def test_the_check_of_stages_fails_where_the_document_or_a_run_says_something_el
         write(stages.RUNS / stage / "evaluation.json", {"splits": {"test": held_out(0)}})
         lived(stages.RUNS / stage, 1200)
     for stage, suite in stages.SUITES:
-        rows = [{"figure": f, "value": 0.4, "stderr": 0.1, "beside": 0.25} for of, f in stages.ROWS if of == suite]
+        rows = [{"figure": f, "value": 0.4, "stderr": 0.1, "beside": 0.25, "count": 36} for of, f in stages.ROWS if of == suite]
         write(stages.tables_of(stage, suite), {"tables": [{"rows": rows}]})
     steps = [{"step": "write", "fallback": None}, {"step": "choose lines", "fallback": "not marks"}, {"step": "retrieve", "fallback": "no"}]
     for number in range(stages.ARTICLES):
         text = {"title": f"T {number}", "lines": ["One.", "Two."], "pictures": [{"caption": "C"}]}
-        write(stages.article_of(number).with_suffix(".json"), {"instruction": "Explain: T", "article": text, "steps": steps})
+        write(
+            stages.article_of(number).with_suffix(".json"),
+            {"instruction": "Explain: T", "made_with": {"seed": 0}, "article": text, "steps": steps},
+        )
         stages.article_of(number).touch()
     record = {"processor": "a processor", **stages.measured()}
     write(stages.RECORD, record)

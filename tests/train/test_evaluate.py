@@ -106,6 +106,11 @@ def test_greedy_captions_are_what_the_logits_prefer_word_by_word_and_do_not_depe
         assert scorer.tokenizer.decode([int(scorer.model.logits(batch)[0].argmax())]) == first_word
 
 
+def test_a_caption_that_ends_as_a_turn_does_is_as_right_as_one_that_ends_alone(scorer):
+    assert scorer._is("red apple", "red apple") and scorer._is("red apple\n", "red apple")
+    assert not scorer._is("red apple red", "red apple") and not scorer._is("apple", "red apple")
+
+
 def test_the_standard_error_is_that_of_resampled_pictures():
     rng = np.random.default_rng(0)
     tokens = rng.integers(3, 12, 400)
