@@ -45,11 +45,6 @@ def storages() -> dict[int, torch.UntypedStorage]:
     return found
 
 
-def sizes() -> dict[int, int]:
-    """Bytes of every living storage by its address."""
-    return {address: storage.nbytes() for address, storage in storages().items()}
-
-
 def engine_of(config: Config, dtype: torch.dtype, ranks: Ranks) -> Engine:
     """The model of a job with fresh weights, under AdamW."""
     model = build(config).to(dtype)
@@ -85,11 +80,11 @@ def held(config: Config, dtype: torch.dtype, batch: PackedBatch, ranks: Ranks) -
 
 def sizes_in_rehearsal(engine: Engine, batch: PackedBatch) -> list[int]:
     """Bytes of each storage that is there when a rehearsal begins its forward pass, and was not before."""
-    before, during = sizes().items(), dict[int, int]()
-    hook = engine.module.register_forward_pre_hook(lambda *_: during.update(sizes()))
+    before, during = storages(), dict[int, torch.UntypedStorage]()
+    hook = engine.module.register_forward_pre_hook(lambda *_: during.update(storages()))
     engine.rehearse(batch)
     hook.remove()
-    return [size for _, size in during.items() - before]
+    return [storage.nbytes() for address, storage in during.items() if address not in before]
 
 
 def course(config: Config, dtype: torch.dtype, batch: PackedBatch, ranks: Ranks, rehearsed: bool) -> list[str | float]:
