@@ -29,12 +29,12 @@ STAGES = ("blind", "pretrain")
 FIGURES = {
     "retrieval_of_10": "caption of its picture, among ten",
     "picture_of_10": "picture of its caption, among ten",
+    "greedy_exact": "greedy captions that are exactly right",
     "nll_right": "nats a token of a caption, behind its picture",
     "nll_wrong": "behind a wrong picture",
-    "greedy_exact": "greedy captions that are exactly right",
 }
 """In `evaluation.json`; what the table calls them."""
-BLIND = "of the language model that learnt the same captions and sees no picture"
+BLIND = "of the language model that learnt the same captions without pictures"
 MINUTES = "minutes of training"
 
 
@@ -128,11 +128,11 @@ def measured(seed: int) -> dict[str, Any]:
     text, alike = of_text["tables"][0], of_alike["tables"][0]
     among_alike = {row["figure"]: [row["value"], row["stderr"]] for row in alike["rows"]}
     found: dict[str, str | list[float | None]] = {words: [seeing[f], seeing["stderr"][f]] for f, words in FIGURES.items()}
+    found[BLIND] = [control["nll_blind"], control["stderr"]["nll_blind"]]
     found["caption among ten, by guessing among those of the right category"] = [category_alone(HELD_OUT / "test"), None]
     found["caption among ten that are alike"] = among_alike["retrieval_of_10"]
     found["picture among ten that are alike"] = among_alike["picture_of_10"]
     found["caption among ten alike, by guessing among those of the right category"] = [category_alone(ALIKE), None]
-    found[BLIND] = [control["nll_blind"], control["stderr"]["nll_blind"]]
     found["number format"] = of_pretrain["dtype"].removeprefix("torch.")
     found["text alone: logits"] = text["notes"][0].removeprefix("Logits ").rstrip(".")
     found[MINUTES] = [pretrain.lived_s() / 60, None]
