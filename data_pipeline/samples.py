@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 PLACEHOLDER = "<ImageHere>"
@@ -137,6 +137,8 @@ def image_size(data: bytes) -> tuple[int, int]:
             width, height = upright_size(image)
     except MemoryError:
         raise
+    except UnidentifiedImageError:  # its own words name a buffer's address, another one each time
+        raise BadSample("image header unreadable: of no format that is read") from None
     except Exception as error:  # noqa: BLE001  Pillow's plugins raise whatever hostile bytes lead them to (struct.error, KeyError, ...)
         raise BadSample(f"image header unreadable: {error}") from None
     require_size(width, height)

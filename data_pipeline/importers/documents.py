@@ -1,6 +1,7 @@
 """Interleaved documents whose images are files: texts and the names of images, in order, become one sample.
 
-Invariant: a document is never lost for one image that is gone: that image is left out, said, and the rest keeps its order.
+Invariant: a document is never lost for one image that is gone: that image is left out, said, and the rest keeps its order. Texts that
+come to stand side by side become one, with what the layout has between texts: as two they would be read without a space.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,12 +20,19 @@ class ImageName:
     path: str
 
 
-def document(key: str, parts: Sequence[str | ImageName], images: ImageFolder, file: str, row: int) -> Iterator[Sample | Refused]:
-    """What was left out of the document, then the document; only the reason where no text, or of all its images none, is left."""
+def document(
+    key: str, parts: Sequence[str | ImageName], images: ImageFolder, file: str, row: int, between: str
+) -> Iterator[Sample | Refused]:
+    """What was left out of the document, then the document; only the reason where no text, or of all its images none, is left. Texts
+    that no image parts are joined by `between`.
+    """
     found: list[str | bytes] = []
     for part in parts:
         if isinstance(part, str):
-            found.append(part)
+            if found and isinstance(found[-1], str):
+                found[-1] = f"{found[-1]}{between}{part}"
+            else:
+                found.append(part)
             continue
         try:
             found.append(image_member(images.read(part.path))[1])

@@ -30,7 +30,7 @@ def samples(files: Sequence[Path], options: Options, task: int, tasks: int) -> I
             except BadSample as error:
                 yield Refused(file.name, row, str(error))
             else:
-                yield from document(key_of(number, row), parts, images, file.name, row)
+                yield from document(key_of(number, row), parts, images, file.name, row, between=" ")
 
 
 def _parts(record: Mapping[str, Any]) -> list[str | ImageName]:

@@ -39,7 +39,7 @@ def samples(files: Sequence[Path], options: Options, task: int, tasks: int) -> I
             except BadSample as error:
                 yield Refused(name, row, str(error))
             else:
-                yield from document(key_of(unit.file, row), parts, folder, name, row)
+                yield from document(key_of(unit.file, row), parts, folder, name, row, between="\n\n")
 
 
 def _parts(value: Mapping[str, Any], path_of: Mapping[str, str] | None) -> list[str | ImageName]:

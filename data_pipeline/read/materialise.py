@@ -129,6 +129,8 @@ class Materialiser:
         return parse(self.sources[source].kind, members)
 
     def _read_all(self, pieces: Pieces, at: np.ndarray | None) -> list[_Read | BadEntry]:
+        if at is not None:  # a worker that is killed while it waits for the store was killed by no sample
+            at[:] = -1
         columns = (getattr(pieces, name).tolist() for name in _Place._fields)
         places = [_Place(*row) for row in zip(*columns, strict=True)]
         data = self.reader.read_all([self.sources[place.source].locate(place.row) for place in places])

@@ -31,6 +31,8 @@ Result = TypeVar("Result")
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0
 """Seconds between tries: doubled each time, and shortened at random, so that workers do not ask in step."""
+_RANDOM = random.SystemRandom()
+"""The generator of `random` is seeded alike in the k-th worker of every rank."""
 _CHUNK = 8 << 20
 _CHUNKS_KEPT = 4
 _opened_by: list[int] = []
@@ -111,7 +113,7 @@ class RemoteStore:
             except (BaseError, OSError) as error:
                 if time.monotonic() + pause > end:
                     raise self._give_up(what, error) from None
-            time.sleep(pause * random.uniform(0.5, 1))
+            time.sleep(pause * _RANDOM.uniform(0.5, 1))
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _give_up(self, what: str, error: Exception) -> UserError | TryAgainError:

@@ -75,10 +75,16 @@ def list_shards(source: ShardPath) -> list[ShardPath]:
 
     Raises:
         UserError: no such folder, or no shard in it.
+        TryAgainError: the folder cannot be read now.
     """
-    if not source.is_dir():
-        raise UserError(f"no such shard folder: {source.resolve()} (give the folder that holds the .tar shards)")
-    shards = sorted(source.glob("*.tar"))
+    try:
+        if not source.is_dir():
+            raise UserError(f"no such shard folder: {source.resolve()} (give the folder that holds the .tar shards)")
+        if isinstance(source, Path):
+            os.scandir(source).close()  # raises where `glob` finds nothing for want of rights
+        shards = sorted(source.glob("*.tar"))
+    except OSError as error:
+        raise cannot_read(source, error) from None
     if not shards:
         raise UserError(f"no .tar shard in {source.resolve()} (a source is a folder of WebDataset tars)")
     return shards
@@ -89,18 +95,29 @@ def find_kind(shards: list[ShardPath]) -> Kind:
 
     Raises:
         UserError: no sample looks like anything known.
+        TryAgainError: a shard cannot be read now.
     """
     for shard in shards:
-        with shard.open("rb") as file:
-            for sample in walk_file(file, shard.stat().st_size):
-                if isinstance(sample, RawSample) and not sample.damage:
-                    file.seek(sample.offset)
-                    kind = guess_kind(_members(sample, file.read(sample.end - sample.offset)))
-                    if kind is not None:
-                        return kind
+        try:
+            kind = _kind_of(shard)
+        except OSError as error:
+            raise cannot_read(shard, error) from None
+        if kind is not None:
+            return kind
     raise UserError(
         f"no usable sample in {shards[0].parent} (pairs need an image and .txt, documents and conversations .json, text .txt; see --kind)"
     )
+
+
+def _kind_of(shard: ShardPath) -> Kind | None:
+    with shard.open("rb") as file:
+        for sample in walk_file(file, shard.stat().st_size):
+            if isinstance(sample, RawSample) and not sample.damage:
+                file.seek(sample.offset)
+                kind = guess_kind(_members(sample, file.read(sample.end - sample.offset)))
+                if kind is not None:
+                    return kind
+    return None
 
 
 def index_shard(shard: ShardPath, index_dir: Path, kind: Kind, tokenizer: Tokenizer, phash: bool = False) -> bool:
@@ -216,10 +233,13 @@ def _same(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
 
 
 def _content_digest(table: pa.Table) -> str:
-    """Digest of what a plan depends on, free of paths and times, so that a copied shard is the same shard."""
+    """Digest of what a plan depends on, free of paths and times, so that a copied shard is the same shard. Of damage only the kind counts:
+    what follows is quoted from libraries, whose words change with their versions.
+    """
     digest = hashlib.sha256()
     for row in table.select(["key", "offset", "size", "digest", "elements", "status"]).to_pylist():
         row["digest"] = row["digest"].hex()
+        row["status"] = row["status"].partition(":")[0]
         row["elements"] = [{name: e[name] for name in ("tokens", "width", "height")} for e in row["elements"]]
         digest.update(json.dumps(row, sort_keys=True).encode())
     return digest.hexdigest()

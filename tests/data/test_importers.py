@@ -98,8 +98,8 @@ def url(i: int) -> str:
 
 def obelics(path: Path) -> Path:
     """Rows as OBELICS has them: parallel lists with nulls, metadata as JSON text."""
-    texts = [["first words", None, "then more", None], [None, "a caption"], ["no picture here", None], [None, "gone"]]
-    images = [[None, url(0), None, url(1)], [url(2), None], [None, url(99)], [url(98), None]]
+    texts = [["first words", None, "then more", None, "and an end"], [None, "a caption"], ["no picture here", None], [None, "gone"]]
+    images = [[None, url(0), None, url(1), None], [url(2), None], [None, url(99)], [url(98), None]]
     images[0][3] = url(97)
     metadata = [json.dumps([None if u is None else {"src": u} for u in row]) for row in images]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,9 +136,9 @@ def test_obelics_documents_keep_their_order_and_name_the_images_that_are_gone(tm
     assert "left out: 2 x no image of the document is left" in out
     plain = read_plain(tmp_path / "shards")
     first = json.loads(plain["00000-000000000"]["json"])
-    assert first == {"texts": ["first words", None, "then more"], "images": [None, "0.png", None]}
+    assert first == {"texts": ["first words", None, "then more\n\nand an end"], "images": [None, "0.png", None]}
     ours = read_ours(tmp_path / "shards", demo.tokenizer, xc_data)
-    assert [words(e) for e in ours.values()] == ["first words[0]then more", "[2]a caption"]
+    assert [words(e) for e in ours.values()] == ["first words[0]then more\n\nand an end", "[2]a caption"]
     first_left_out = left_out(tmp_path / "shards")[0]
     assert (first_left_out["row"], url(97) in first_left_out["reason"]) == (0, True)
 
@@ -149,11 +149,18 @@ def test_mmc4_documents_have_each_image_before_its_sentence(tmp_path, demo, imag
     ]
     documents = [
         {"text_list": ["one.", "two.", "three.", "four."], "image_info": info, "similarity_matrix": [[0.1] * 4] * 3, "url": "x"},
+        {
+            "text_list": ["one.", "two."],
+            "image_info": [{"image_name": name, "matched_text_index": i} for i, name in enumerate(("0.png", "gone.png"))],
+        },
         {"text_list": ["one."], "image_info": [{"image_name": "0.png", "matched_text_index": 1}]},
         {"text_list": ["one."], "image_info": [{"image_name": "none.png", "matched_text_index": 0}]},
     ]
     out = xc_import("mmc4", write_lines(tmp_path / "docs_shard_0_v2.jsonl", documents), tmp_path / "shards", "--images", images / "coco")
-    assert [words(e) for e in read_ours(tmp_path / "shards", demo.tokenizer, xc_data).values()] == ["[1]one. two.[0][2]three. four."]
+    assert [words(e) for e in read_ours(tmp_path / "shards", demo.tokenizer, xc_data).values()] == [
+        "[1]one. two.[0][2]three. four.",
+        "[0]one. two.",
+    ]
     assert "left out: 1 x not a document" in out
     assert "left out: 1 x no image of the document is left" in out
 

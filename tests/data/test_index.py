@@ -16,7 +16,7 @@ from PIL import Image
 from tars import make_document, make_image, make_pairs, write_tar
 
 from data_pipeline.errors import TryAgainError, UserError
-from data_pipeline.samples import Kind
+from data_pipeline.samples import BadSample, Kind, image_size
 from data_pipeline.shards import index as index_module
 from data_pipeline.shards import merge as merge_module
 from data_pipeline.shards.index import OK, ShardIndex, index_shard, read_index, sidecar_path
@@ -76,6 +76,19 @@ def test_a_shard_that_cannot_be_read_now_is_not_damage(pairs, monkeypatch):
     with pytest.raises(TryAgainError, match="Input/output error"):
         index_shard(pairs, pairs.parent, Kind.pair, TOKENIZER)
     assert not sidecar_path(pairs, pairs.parent).exists()
+
+
+def test_a_source_that_cannot_be_read_now_is_no_other_user_error(pairs, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index_module.os, "scandir", fail)
+        with pytest.raises(TryAgainError, match=rf"cannot read {pairs.parent}: Permission denied"):
+            index_module.list_shards(pairs.parent)
+    monkeypatch.setattr(index_module, "walk_file", fail)
+    with pytest.raises(TryAgainError, match=rf"cannot read {pairs}: Permission denied"):
+        index_module.find_kind([pairs])
 
 
 def test_a_kill_while_writing_leaves_no_sidecar_that_reads_as_whole(pairs, monkeypatch):
@@ -276,6 +289,26 @@ def test_content_digest_does_not_depend_on_path_or_time(pairs, tmp_path):
     write_tar(copy, first)
     index_shard(copy, copy.parent, Kind.pair, TOKENIZER)
     assert merge(pairs.parent, pairs.parent).digest != merge(copy.parent, copy.parent).digest
+
+
+def test_content_digest_does_not_depend_on_the_words_of_a_library_for_damage(pairs, monkeypatch):
+    write_tar(pairs, [("x.png", b"no picture"), ("x.txt", b"apple"), *make_pairs(PAIRS)])
+    index_shard(pairs, pairs.parent, Kind.pair, TOKENIZER)
+    ours = read_index(sidecar_path(pairs, pairs.parent))
+    assert ours.table["status"][0].as_py() == "image header unreadable: of no format that is read", "Pillow names a buffer's address"
+
+    def in_other_words(data: bytes) -> tuple[int, int]:
+        try:
+            return image_size(data)
+        except BadSample:
+            raise BadSample("image header unreadable: in the words of another version") from None
+
+    monkeypatch.setattr(index_module, "image_size", in_other_words)
+    sidecar_path(pairs, pairs.parent).unlink()
+    index_shard(pairs, pairs.parent, Kind.pair, TOKENIZER)
+    theirs = read_index(sidecar_path(pairs, pairs.parent))
+    assert theirs.table["status"][0].as_py() != ours.table["status"][0].as_py()
+    assert theirs.facts["digest"] == ours.facts["digest"]
 
 
 def test_shards_may_move_with_their_index(demo, tmp_path):

@@ -5,8 +5,10 @@ import multiprocessing
 import os
 import signal
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from demo_data import COSTS, SEED, START, data_config, segments_of
 
@@ -16,6 +18,9 @@ from data_pipeline.loader import Loader, StepData
 from data_pipeline.opened import open_data
 from data_pipeline.read import budget, materialise
 from data_pipeline.read.killers import AtWork, Killers, read_killers
+from data_pipeline.read.materialise import Materialiser
+from data_pipeline.read.storage import Location, ShardReader
+from data_pipeline.samples import BadSample
 
 STEPS, AT = 5, 2
 """Steps of a life, and the one that holds the sample."""
@@ -67,6 +72,22 @@ def test_a_sample_that_kills_its_worker_is_dropped_by_all_ranks_of_later_lives(d
         found = Counter(s for steps, _ in worlds for m in steps[number].micro_batches for s in segments_of(m.batch))
         lost = Counter(s for m in expected.micro_batches for s in segments_of(m.batch)) - found
         assert [(s.source, s.sample) for s in lost] == ([(0, row)] if number == AT else [])
+
+
+def test_a_worker_that_waits_for_the_store_is_at_no_sample(demo):
+    config = data_config(demo.root)
+    data = open_data(config, SEED)
+    packs = [p for m in next(iter(Loader(config, data, SEED, COSTS, 0, 1, START, 0))).micro_batches for p in m.request.packs]
+    at = np.full(2, -1)
+    while_reading = []
+
+    class Waiting(ShardReader):
+        def read_all(self, places: Sequence[Location]) -> list[bytes | BadSample]:
+            while_reading.append(at.tolist())
+            return super().read_all(places)
+
+    Materialiser(data.sources, data.tokenizer, config.images, SEED, Waiting()).batches([packs, packs], [None, None], at)
+    assert len(while_reading) > 1 and set(map(tuple, while_reading)) == {(-1, -1)}
 
 
 @pytest.mark.parametrize(
