@@ -1,9 +1,12 @@
 """What a job script asks between its steps: may a life begin, and what does its end call for? Runs on the first node, without torch.
 
-    python -m slurm.life blind RUN               this node cannot write the log; exit 10: requeue without the nodes on stdout; 70: stop
+    python -m slurm.life blind RUN               this node cannot write the log; exit 10: requeue without the nodes on stdout, those that
+                                                 all jobs leave out, a space, those that this job found; 70: stop
     python -m slurm.life begin RUN               exit 0: go on
     python -m slurm.life preflight RUN REPORT    exit 0: go on; 10: requeue without the nodes on stdout; 70: stop
-    python -m slurm.life end RUN CODE BY         stdout: `requeue REASON` or `exit CODE`; BY: `slurm`, or nothing
+    python -m slurm.life vain RUN BY             notes a life that was asked to stop before it trained; BY: `slurm`, or nothing
+    python -m slurm.life end RUN CODE BY         stdout: `requeue REASON` or `exit CODE`
+    python -m slurm.life evaluated RUN CODE BY   the same, of the measuring behind the last step
 
 Invariant: a job is requeued at most `slurm.retries` times in a row without a new checkpoint between; what was counted lies in the run
 directory, so that a life whose node died counts as well. One that was preempted does not: that is no fault.
@@ -42,9 +45,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             from slurm.preflight import judge_blind, judge_report
 
             sys.exit(judge_report(job_dir, settings, job, Path(rest[0])) if rest else judge_blind(job_dir, settings, job))
+        elif what == "vain":
+            _note_end(job_dir, job, EXIT_TRY_AGAIN, "asked to stop before it trained", by_slurm=rest[0] == "slurm")
         else:
+            judge = {"end": end, "evaluated": evaluated}[what]
             with suppress(BrokenPipeError):  # Slurm has killed the script meanwhile
-                print(end(job_dir, settings, job, int(rest[0]), by_slurm=rest[1] == "slurm"))
+                print(judge(job_dir, settings, job, int(rest[0]), by_slurm=rest[1] == "slurm"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER)
@@ -95,7 +101,7 @@ def end(job_dir: JobDir, settings: SlurmConfig, job: str, code: int, by_slurm: b
             run.write_outcome(outcome["code"], outcome["reason"], outcome["step"])
         if began and run.life() > began["life"]:
             run.end_life(outcome["code"], outcome["reason"], outcome["step"])
-        _note(job_dir, "taken" if by_slurm else "end", job, checkpoint=newest, code=outcome["code"], reason=outcome["reason"])
+        _note_end(job_dir, job, outcome["code"], outcome["reason"], by_slurm)
     if outcome["code"] in (EXIT_DONE, EXIT_USER, EXIT_NEEDS_PERSON):
         return f"exit {outcome['code']}"
     if run.stop_file.exists():
@@ -103,6 +109,24 @@ def end(job_dir: JobDir, settings: SlurmConfig, job: str, code: int, by_slurm: b
     if not by_slurm and stalled(of_job(jsonl.read(job_dir.attempts), job), newest) >= settings.retries:
         return f"exit {_give_up(job_dir, settings, outcome['reason'])}"
     return f"requeue {outcome['reason']}"
+
+
+def evaluated(job_dir: JobDir, settings: SlurmConfig, job: str, code: int, by_slurm: bool) -> str:
+    """Notes that the evaluation of a finished run ended with srun's `code`; returns what is to be done, as `end`."""
+    if code == EXIT_DONE:
+        return f"exit {EXIT_DONE}"
+    run = job_dir.run
+    reason = f"the evaluation ended with code {code} (see {job_dir.log}; the weights are whole: {run.final})"
+    with suppress(OSError):
+        _note_end(job_dir, job, code, reason, by_slurm)
+    if code in (EXIT_USER, EXIT_NEEDS_PERSON):
+        run.write_outcome(code, reason, newest_checkpoint(run))
+        return f"exit {code}"
+    if run.stop_file.exists():
+        return f"exit {EXIT_TRY_AGAIN}"
+    if not by_slurm and stalled(of_job(jsonl.read(job_dir.attempts), job), newest_checkpoint(run)) >= settings.retries:
+        return f"exit {_give_up(job_dir, settings, reason)}"
+    return f"requeue {reason}"
 
 
 def of_job(attempts: Sequence[dict[str, Any]], job: str) -> list[dict[str, Any]]:
@@ -113,10 +137,16 @@ def of_job(attempts: Sequence[dict[str, Any]], job: str) -> list[dict[str, Any]]
 def stalled(attempts: Sequence[dict[str, Any]], newest: int) -> int:
     """How many lives in a row, the newest last, began from the checkpoint that is still the newest.
 
-    One that ended because preflight excluded a node does not count: there are only so many nodes. Nor does one that Slurm ended.
+    One that ended because preflight excluded a node does not count: there are only so many nodes; but one does whose nodes had all been
+    excluded before, since then Slurm gives them all the same. Nor does one that Slurm ended.
     """
-    events = [line["event"] for line in attempts if line["checkpoint"] >= newest]
-    return events.count("begin") - events.count("excluded") - events.count("taken")
+    counted, known = 0, set[str]()
+    for line in attempts:
+        nodes = set(line.get("nodes", ())) if line["event"] == "excluded" else set[str]()
+        if line["checkpoint"] >= newest:
+            counted += (line["event"] == "begin") - (line["event"] == "taken") - bool(nodes - known)
+        known |= nodes
+    return counted
 
 
 def _unsaid(code: int, logs: Path) -> dict[str, Any]:
@@ -133,6 +163,10 @@ def _give_up(job_dir: JobDir, settings: SlurmConfig, reason: str) -> int:
     run.write_outcome(EXIT_NO_PROGRESS, f"{why} ({cure})", newest)
     print(f"error: {why} ({cure})", file=sys.stderr)
     return EXIT_NO_PROGRESS
+
+
+def _note_end(job_dir: JobDir, job: str, code: int, reason: str, by_slurm: bool) -> None:
+    _note(job_dir, "taken" if by_slurm else "end", job, checkpoint=newest_checkpoint(job_dir.run), code=code, reason=reason)
 
 
 def _note(job_dir: JobDir, event: str, job: str, **facts: Any) -> None:

@@ -43,30 +43,42 @@ def judge_report(job_dir: JobDir, settings: SlurmConfig, job: str, report: Path)
         job_dir.run.write_outcome(EXIT_NEEDS_PERSON, reason, newest_checkpoint(job_dir.run))
         print(f"error: {reason}", file=sys.stderr)
         return EXIT_NEEDS_PERSON
-    excluded = _cordon(job_dir, settings, job, found)
+    own = [node for line in jsonl.read(job_dir.attempts) if line["event"] == "excluded" and line["job"] == job for node in line["nodes"]]
+    excluded = _cordon(job_dir, settings, job, found, own)
     newest = newest_checkpoint(job_dir.run)
     jsonl.append(job_dir.attempts, [{"event": "excluded", "job": job, "time": time.time(), "checkpoint": newest, "nodes": list(found)}])
-    print(",".join(excluded))
+    print(excluded)
     return EXIT_EXCLUDE
 
 
 def judge_blind(job_dir: JobDir, settings: SlurmConfig, job: str) -> int:
     """The node of the job script cannot write the job's log: as `judge_report`, but nothing can be said in the run directory."""
     before = [entry for entry in jsonl.read(settings.cordon_file) if entry.get("job") == job and entry["reason"] == BLIND]
-    if len(before) >= settings.retries:  # it is hardly the nodes
+    # Where the cordon file cannot be written either, nothing remembers but Slurm.
+    lives = 0 if os.access(_existing(settings.cordon_file), os.W_OK) else int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    if max(len(before), lives) >= settings.retries:  # it is hardly the nodes
         return EXIT_NEEDS_PERSON
-    print(",".join(_cordon(job_dir, settings, job, {os.environ["SLURMD_NODENAME"]: BLIND})))
+    own = [entry["node"] for entry in before]
+    print(_cordon(job_dir, settings, job, {os.environ["SLURMD_NODENAME"]: BLIND}, own))
     return EXIT_EXCLUDE
 
 
-def _cordon(job_dir: JobDir, settings: SlurmConfig, job: str, found: Mapping[str, str]) -> list[str]:
-    """Notes the nodes and the reasons; returns all nodes that this job is to do without."""
+def _existing(path: Path) -> Path:
+    return path if path.exists() or path == path.parent else _existing(path.parent)
+
+
+def _cordon(job_dir: JobDir, settings: SlurmConfig, job: str, found: Mapping[str, str], own: Sequence[str]) -> str:
+    """Notes the nodes and the reasons; returns all nodes that this job is to do without, and those without what other jobs noted: their
+    nodes may be another cluster's. `own` are nodes that the job excluded before.
+    """
     file = settings.cordon_file
     about = {"time": time.time(), "job": job, "run": str(job_dir.path)}
     with suppress(OSError):  # a node that can write nowhere is to be left out all the same
         file.parent.mkdir(parents=True, exist_ok=True)
         jsonl.append(file, [{"node": node, "reason": reason, **about} for node, reason in found.items()])
-    return list(dict.fromkeys([*settings.exclude, *(entry["node"] for entry in jsonl.read(file)), *found]))
+    mine = dict.fromkeys([*settings.exclude, *own, *found])
+    everybodys = dict.fromkeys([*settings.exclude, *(entry["node"] for entry in jsonl.read(file)), *mine])
+    return f"{','.join(everybodys)} {','.join(mine)}"
 
 
 def read_facts(report: Path) -> dict[str, dict[str, Any]]:

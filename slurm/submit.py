@@ -59,11 +59,12 @@ def chain(paths: Sequence[str], overrides: Sequence[str], dry_run: bool) -> int:
         UserError: one of them cannot work; then none was submitted.
     """
     stages: list[Planned] = []
-    dirs = [configure.load(path, overrides).run.dir for path in paths]
+    configs = [configure.load(path, overrides) for path in paths]
+    dirs = [config.run.dir for config in configs]
     if len(set(dirs)) < len(dirs):
         raise UserError(f"two stages share run.dir {next(d for d in dirs if dirs.count(d) > 1)} (give each its own)")
     for i, path in enumerate(paths):
-        if (RunDir(dirs[i]).final / "manifest.json").exists():
+        if finished(configs[i]):
             print(f"{dirs[i]}: finished before")
         else:
             stages.append(plan(path, overrides, dry_run, earlier=dirs[:i]))
@@ -92,13 +93,13 @@ def plan(path: str, overrides: Sequence[str], dry_run: bool, earlier: Sequence[s
     check(config, settings, place, earlier)
     cordoned = {entry["node"]: entry["reason"] for entry in jsonl.read(settings.cordon_file)}
     excluded = list(dict.fromkeys([*settings.exclude, *cordoned]))
-    script = render(config.run.name, settings, place, excluded, evaluate=bool(config.evaluate.splits or config.evaluate.text))
+    script = render(config.run.name, settings, place, excluded, evaluate=bool(held_out(config)))
     for line in [*wasteful(config, settings), *(f"not used: {node}, {why} ({settings.cordon_file})" for node, why in cordoned.items())]:
         print(f"note: {line}", file=sys.stderr)
     if dry_run:
         print(script, end="", flush=True)
     else:
-        require_free(JobDir(place.run))
+        require_free(config, JobDir(place.run))
     require_gpus(settings)
     estimate = client.test_only(script)
     if dry_run:
@@ -141,6 +142,10 @@ def check(config: Config, settings: SlurmConfig, place: Place, earlier: Sequence
         if not (folder / "source.json").exists():
             raise UserError(f"data.sources.{name}: no source.json in {folder} (run xc-data index and xc-data merge, or mend the path)")
         kinds.add(read_json(folder / "source.json").get("kind"))
+    for key, folder in held_out(config).items():
+        for name in ("source.json",) if key == "evaluate.text" else ("source.json", "candidates.json"):
+            if not (place.cwd / folder / name).exists():
+                raise UserError(f"{key}: no {name} in {place.cwd / folder} (mend the path)")
     largest = config.data.images.most_tokens
     if kinds - {"text"} and largest >= config.data.context:
         raise UserError(
@@ -162,14 +167,26 @@ def check(config: Config, settings: SlurmConfig, place: Place, earlier: Sequence
             raise UserError(f"{place.run} belongs to another config: {key} differs (choose another run.dir, or delete that one)")
 
 
-def require_free(job_dir: JobDir) -> None:
+def finished(config: Config) -> bool:
+    """Whether a run has its final weights and what was to be measured of them."""
+    run = RunDir(config.run.dir)
+    return (run.final / "manifest.json").exists() and (run.evaluation.exists() or not held_out(config))
+
+
+def held_out(config: Config) -> dict[str, str]:
+    """The folders of what is measured behind the last step, by their key."""
+    text = {"evaluate.text": config.evaluate.text} if config.evaluate.text else {}
+    return {f"evaluate.splits.{name}": folder for name, folder in config.evaluate.splits.items()} | text
+
+
+def require_free(config: Config, job_dir: JobDir) -> None:
     """Refuses a run that is finished, or whose job has not ended.
 
     Raises:
         UserError: which it is, and the way out.
     """
     path = job_dir.path
-    if (job_dir.run.final / "manifest.json").exists():
+    if finished(config):
         raise UserError(f"{path} is finished (use its weights in {job_dir.run.final}, or choose another run.dir)")
     job = job_dir.job_id()
     found = client.find(job) if job else None

@@ -7,14 +7,16 @@ Invariant: what `find` returns has passed its manifest; the state is that of the
 """
 
 import errno
+import hashlib
 import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -29,6 +31,8 @@ from train.run_dir import RunDir, file_digest, fsync_tree, read_json, write_atom
 VERSION = 3
 PREFIX = "step-"
 _CRASH = "no checkpoint "
+Written = dict[str, tuple[int, str]]
+"""What a rank wrote, by the file's name in the folder: bytes, and their SHA-256."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class Writer:
             self._ranks.barrier()
             files = {**self._engine.snapshot(self._run.checkpoints, partial.name), partial / f"rng-{self._ranks.rank}.pt": _rng_state()}
         except OSError as error:
-            raise UserError(self._refusal(name, partial, error)) from None
+            raise UserError(self._refusal(name, error)) from None
         self._thread = threading.Thread(target=self._write, args=(files, partial, name, state), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -117,42 +121,52 @@ class Writer:
     def _write(self, files: Files, partial: Path, name: str, state: TrainState) -> None:
         ranks = self._ranks.in_background()
         try:
-            own: dict[str, int] = {}
-            problem = self._trying(name, partial, lambda: own.update(_write_files(files, partial)))
+            own: Written = {}
+            problem = self._trying(name, lambda: own.update(_write_files(files, partial)))
             found = ranks.gather((problem, own))
-            problem = next((of_rank for of_rank, _ in found if of_rank), None)
+            # One whose disk is full knows why; another may only see that its folder is gone.
+            problem = min((of_rank for of_rank, _ in found if of_rank), key=lambda why: why.startswith(_CRASH), default=None)
             if problem is None and ranks.rank == 0:
-                written = {file: size for _, of_rank in found for file, size in of_rank.items()}
-                problem = self._trying(name, partial, lambda: publish(self._run, partial, name, state, self._config, written))
+                written = {file: facts for _, of_rank in found for file, facts in of_rank.items()}
+                problem = self._trying(name, lambda: publish(self._run, partial, name, state, self._config, written))
+            if problem and ranks.rank == 0:  # no rank writes any more
+                shutil.rmtree(partial, ignore_errors=True)
             self._problem = ranks.share(problem)
         except RuntimeError as error:  # another rank is gone
             self._problem = f"{_CRASH}{name}: {error!r}"
 
-    def _trying(self, name: str, partial: Path, work: Callable[[], None]) -> str | None:
+    def _trying(self, name: str, work: Callable[[], None]) -> str | None:
         """What hindered the work, in a line for the user."""
         try:
             work()
         except Exception as error:  # noqa: BLE001  whatever it was, the other ranks must hear of it
-            return self._refusal(name, partial, error) if _is_storage_error(error) else f"{_CRASH}{name}: {error!r}"
+            return self._refusal(name, error) if _is_storage_error(error) else f"{_CRASH}{name}: {error!r}"
         return None
 
-    def _refusal(self, name: str, partial: Path, error: Exception) -> str:
-        shutil.rmtree(partial, ignore_errors=True)
+    def _refusal(self, name: str, error: Exception) -> str:
         reason = _storage_reason(self._run, error)
         cure = "free space, or mend the file system, and run the same command: it goes on from the checkpoint before"
         return f"cannot write checkpoint {self._run.checkpoints / name}: {reason} ({cure})"
 
 
 def find(run: RunDir, ranks: Ranks, say: Callable[[str], None]) -> Path | None:
-    """The newest complete checkpoint; rank 0 looks and tells the others, so that a file is hashed once.
+    """The newest complete checkpoint; all ranks call it. Rank 0 looks what there is, and each file is hashed by one rank.
 
     What an earlier life could not finish is removed. `say` tells the user what is passed over, and why.
     """
     if ranks.rank == 0:
         for partial in run.checkpoints.glob(".*.partial"):
-            shutil.rmtree(partial)
-    name = ranks.share(_newest_complete(run, say) if ranks.rank == 0 else None)
-    return run.checkpoints / name if name else None
+            shutil.rmtree(partial, ignore_errors=True)
+    for name in ranks.share([folder.name for folder in newest_first(run)]):
+        folder = run.checkpoints / name
+        found = ranks.share(_listed(folder) if ranks.rank == 0 else None)
+        if not isinstance(found, str):
+            found = next(filter(None, ranks.gather(_damage(folder, found[ranks.rank :: ranks.world]))), None)
+        if found is None:
+            return folder
+        if ranks.rank == 0:
+            say(f"passed over checkpoint {name}: {found}")
+    return None
 
 
 def read_state(folder: Path) -> TrainState:
@@ -214,31 +228,65 @@ def require_same(state: TrainState, now: TrainState, folder: Path) -> None:
             )
 
 
-def _write_files(files: Files, partial: Path) -> dict[str, int]:
-    """Writes this rank's files; returns their sizes by their names in the folder."""
+class _Digested:
+    """A file that knows how much was written into it, and its SHA-256: of what came in, whatever reaches the disk."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._digest, self.size = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        """All of it, as a buffered file does."""
+        self._digest.update(data)
+        self.size += len(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        """As a file does."""
+        self._file.flush()
+
+    @property
+    def facts(self) -> tuple[int, str]:
+        """Of what was written."""
+        return self.size, self._digest.hexdigest()
+
+
+def _write_files(files: Files, partial: Path) -> Written:
+    """Writes this rank's files to the disk.
+
+    Raises:
+        OSError: the file system refused; a network file system may do so as late as the sync.
+    """
+    written: Written = {}
     for path, content in files.items():
-        torch.save(content, path)
-    return {str(path.relative_to(partial)): path.stat().st_size for path in files}
+        with path.open("wb") as file:
+            digested = _Digested(file)
+            torch.save(content, digested)
+            file.flush()
+            os.fsync(file.fileno())
+        written[str(path.relative_to(partial))] = digested.facts
+    return written
 
 
-def publish(run: RunDir, partial: Path, name: str, state: TrainState, config: CheckpointConfig, written: Mapping[str, int]) -> None:
+def publish(run: RunDir, partial: Path, name: str, state: TrainState, config: CheckpointConfig, written: Written) -> None:
     """Makes a folder of written files a complete checkpoint, and removes those that are no longer kept.
 
-    The newest good one stays: it is what the guard goes back to. `written`: sizes of files that ranks say they wrote into the folder.
+    The newest good one stays: it is what the guard goes back to. `written`: the files that ranks wrote into the folder; of others the
+    digest is taken here.
 
     Raises:
         OSError: one of them is not there, or has another size: a manifest of what is left would make a damaged checkpoint a complete one.
     """
-    for file, size in sorted(written.items()):
+    for file, (size, _) in sorted(written.items()):
         _require_written(partial, file, size)
     (partial / "state.json").write_text(json.dumps(asdict(state), indent=1))
-    files = [partial / file for file in sorted({*written, *(str(p.relative_to(partial)) for p in partial.rglob("*") if p.is_file())})]
-    manifest = {str(p.relative_to(partial)): {"size": p.stat().st_size, "sha256": file_digest(p)} for p in files}
+    files = {str(p.relative_to(partial)): p for p in partial.rglob("*") if p.is_file()}
+    facts = {**{file: (path.stat().st_size, file_digest(path)) for file, path in files.items() if file not in written}, **written}
+    manifest = {file: dict(zip(("size", "sha256"), facts[file], strict=True)) for file in sorted(facts)}
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
     fsync_tree(partial)
     target = run.checkpoints / name
     if target.exists():  # written by an earlier life that was passed over
-        shutil.rmtree(target)
+        _remove(target)
     partial.replace(target)
     write_atomic(run.checkpoints / "latest", name.encode())
     found = newest_first(run)
@@ -246,7 +294,15 @@ def publish(run: RunDir, partial: Path, name: str, state: TrainState, config: Ch
     for old in found[config.keep_last :]:
         kept = config.keep_every and int(old.name.removeprefix(PREFIX)) % config.keep_every == 0
         if old != good and not kept:
-            shutil.rmtree(old)
+            with suppress(OSError):  # the new one is there
+                _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """Makes a checkpoint invisible at once; what somebody still reads of it is swept away by a later life."""
+    hidden = folder.with_name(f".{folder.name}.old.partial")
+    folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _require_written(partial: Path, file: str, size: int) -> None:
@@ -273,17 +329,14 @@ def is_good(folder: Path) -> bool:
     return state is not None and not state["guard"].get("in_a_row")
 
 
-def _newest_complete(run: RunDir, say: Callable[[str], None]) -> str | None:
-    for folder in newest_first(run):
-        found = problem(folder)
-        if found is None:
-            return folder.name
-        say(f"passed over checkpoint {folder.name}: {found}")
-    return None
-
-
 def problem(folder: Path) -> str | None:
     """Why a checkpoint cannot be trusted, or None."""
+    found = _listed(folder)
+    return found if isinstance(found, str) else _damage(folder, found)
+
+
+def _listed(folder: Path) -> list[tuple[str, str]] | str:
+    """The files of a checkpoint with their digests, the largest first, by what can be known without reading them; or why it is none."""
     try:
         manifest = read_json(folder / "manifest.json")
         if manifest is None:
@@ -293,15 +346,17 @@ def problem(folder: Path) -> str | None:
         return "manifest.json is damaged"
     if "state.json" not in manifest:
         return "manifest.json is damaged"
-    for name, size, digest in facts:
+    for name, size, _ in facts:
         path = folder / name
         if not path.exists():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, not {size}"
-        if file_digest(path) != digest:
-            return f"{name} is damaged"
-    return None
+    return [(name, digest) for name, _, digest in sorted(facts, key=lambda of: -of[1])]
+
+
+def _damage(folder: Path, files: Sequence[tuple[str, str]]) -> str | None:
+    return next((f"{name} is damaged" for name, digest in files if file_digest(folder / name) != digest), None)
 
 
 def _rng_state() -> dict[str, torch.Tensor]:

@@ -225,7 +225,9 @@ class GuardConfig:
 
 @dataclass
 class WatchdogConfig:
-    """Seconds that the slowest rank may be silent in a phase before the job shows its stacks and ends (exit 75); 0 = torch's 30 minutes."""
+    """Seconds that the slowest rank may be silent in a phase before the job shows its stacks and ends (exit 75); 0 = none; a collective
+    still waits no longer than 30 minutes, under NCCL 10.
+    """
 
     start: float = 1500.0
     """From the start of the processes to the end of the first step: weights, checkpoint, compilation."""

@@ -269,6 +269,10 @@ class Engine:
     def load(self, folder: Path, tag: str) -> None:
         """Reads this rank's part of a checkpoint. Frozen weights must be in place."""
         self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
+        # Of a converted checkpoint DeepSpeed leaves the count of steps on the CPU; a fused step on a GPU does not take it from there.
+        for parameter, kept in self._adamw.state.items():
+            if isinstance(kept.get("step"), Tensor):
+                kept["step"] = kept["step"].to(parameter.device)
 
     def weights(self, keep: bool) -> dict[str, Tensor]:
         """All weights on the CPU, in the model's number format, on ranks that `keep` them. All ranks call it."""

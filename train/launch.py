@@ -72,6 +72,9 @@ def own(run: RunDir) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{run.path} is in use by a running job (wait for it, or touch {run.stop_file})") from None
+        except OSError as error:
+            cure = "choose a run.dir whose file system knows flock: Lustre does where it is mounted with -o flock"
+            raise UserError(f"{run.lock} cannot be locked: {error.strerror} ({cure})") from None
         lock.truncate(0)  # a Slurm job that holds it has its number there, by which its next life knows it (slurm/job.sbatch.j2)
         yield
 

@@ -94,10 +94,12 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
     folder = checkpoint.find(run, ranks, terminal.say)
     data, saved, change = _open_data(config, checkpoint.read_state(folder) if folder else None)
     built = build_model(config, device, ranks)
+    ranks.barrier()  # with our patience: a collective of DeepSpeed's has NCCL's, ten minutes, also for a node that reads weights slowly
     built.model.share_tokens(group.group)
     reshaped = saved is not None and saved.world != ranks.world and not reshape.is_whole(saved.zero_stage, saved.dtype)
     engine = Engine(config, built.model, optim.adamw(built.trained, built.model, config.train), ranks, device.dtype, universal=reshaped)
     state, resumed = _resume(config, run, ranks, device, data, engine, folder, saved, lambda: watchdog.beat(0, "start"))
+    ranks.barrier()  # or the checkpoint
     reporter = Reporter(config, run, ranks, terminal, peak_flops(device.name))
     figures = Figures(config, data, optim.highest_scales(built.trained), _lived_s(run, ranks, watchdog.began))
     if ranks.rank == 0:

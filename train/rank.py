@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data_pipeline.errors import EXIT_CRASH, EXIT_USER, TryAgainError, UserError
-from data_pipeline.processes import end_with_parent, keep_freed_memory
+from data_pipeline.processes import end_with_parent, keep_freed_memory, open_many_files
 from train import configure
 from train.launch import own
 from train.run_dir import RunDir, read_json
@@ -29,6 +29,7 @@ TORCHRUN = "TORCHELASTIC_RUN_ID"
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     (run_dir,) = sys.argv[1:] if argv is None else argv
+    open_many_files()
     end_with_parent()  # nobody would watch it, and its run directory is free to others
     with _owned(Path(run_dir)):
         sys.exit(run_rank(Path(run_dir)))
@@ -58,25 +59,25 @@ def run_rank(run_dir: Path) -> int:
     lives_before = run.life()
     rank = int(os.environ.get("RANK", 0))
     terminal = _redirect_output(run, rank)
-    config = configure.read_resolved(run.path)
-    watchdog = Watchdog(config.watchdog, run, rank, int(os.environ.get("WORLD_SIZE", 1)))
-
-    gc.disable()  # imports make what stays: to look for garbage among it takes a sixth of a rank's start
-    import torch.distributed as dist
-
-    from train.device import choose
-    from train.extensions import choose_accelerator, prepare_deepspeed
-
-    choose_accelerator()
-    from train.loop import train
-    from train.ranks import join
-    from train.tracking.terminal import Terminal
-
-    gc.freeze()
-    gc.enable()
-
-    speaker = Terminal(config.run.name, os.fdopen(terminal, "w"))
     try:
+        config = configure.read_resolved(run.path)
+        watchdog = Watchdog(config.watchdog, run, rank, int(os.environ.get("WORLD_SIZE", 1)))
+
+        gc.disable()  # imports make what stays: to look for garbage among it takes a sixth of a rank's start
+        import torch.distributed as dist
+
+        from train.device import choose
+        from train.extensions import choose_accelerator, prepare_deepspeed
+
+        choose_accelerator()
+        from train.loop import train
+        from train.ranks import join
+        from train.tracking.terminal import Terminal
+
+        gc.freeze()
+        gc.enable()
+
+        speaker = Terminal(config.run.name, os.fdopen(terminal, "w"))
         prepare_deepspeed()  # nothing to do under `xc-train run`; srun and torchrun start ranks on machines that it never saw
         device = choose(config.train.precision, int(os.environ.get("LOCAL_RANK", 0)))
         if device.torch_device.type == "cpu":

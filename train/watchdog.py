@@ -101,6 +101,7 @@ class Watchdog:
         with suppress(OSError):
             self._stacks.write(f"{_MARK}{json.dumps(asdict(own))}\n")
             self._stacks.flush()
+            os.fsync(self._stacks.fileno())  # what an open file holds, other nodes of a network file system see half a minute later
             faulthandler.dump_traceback(self._stacks, all_threads=True)
             if self._is_first(own):
                 found = self._silences()

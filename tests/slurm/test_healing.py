@@ -89,10 +89,11 @@ class Side:
         self._cluster, self._make, self._folder, self._python = cluster, make, folder, stand_in
         self._policy = Lock()
 
-    def stage(self, name: str, environment: dict[str, str], **slurm: object) -> SlurmStage:
+    def stage(self, name: str, environment: dict[str, str], sections: dict[str, object] | None = None, **slurm: object) -> SlurmStage:
         cordon = str(self._folder / f"{name}.jsonl")
         settings = {"python": self._python, "env": environment, "cordon": cordon, **slurm}
-        return self._make(self._folder, name.replace(" ", "-"), self._cluster.environment, **shape(STEPS), **WATCHED, slurm=settings)
+        sections = {**shape(STEPS), **WATCHED, **(sections or {}), "slurm": settings}
+        return self._make(self._folder, name.replace(" ", "-"), self._cluster.environment, **sections)
 
     def endure(self, name: str) -> SlurmStage:
         scenario = SCENARIOS[name]
@@ -107,6 +108,44 @@ class Side:
         stage = self.stage("same step", {"STAND_IN_FAILS_AT": "27"}, retries=2)
         stage.notes["job"] = stage.submit()
         stage.notes["state"] = stage.wait_for_end(self._cluster, stage.notes["job"])
+        return stage
+
+    def unheard(self) -> SlurmStage:
+        """A life fails, and slurmctld takes no requeue."""
+        deaf = ['scontrol() { [ "$1" != requeue ] && command scontrol "$@"; }', "sleep() { :; }"]
+        stage = self.stage("unheard", {"STAND_IN_FAILS_AT": "27"}, setup=deaf)
+        stage.notes["state"] = stage.wait_for_end(self._cluster, stage.submit())
+        return stage
+
+    def warned_early(self) -> SlurmStage:
+        """Warned while the job script sets up."""
+        begun, heard = self._folder / "set-up-began", self._folder / "was-warned"
+        stage = self.stage("warned early", {}, setup=[f"touch {begun}", f"until [ -e {heard} ]; do sleep 0.1; done"])
+        job = stage.submit()
+        stage.wait(begun.exists, 60, "the setup")
+        self._cluster.run("scancel", "--signal=USR1", "--batch", job)
+        heard.touch()
+        stage.notes["state"] = stage.wait_for_end(self._cluster, job)
+        return stage
+
+    def measure(self, held_out: Path) -> SlurmStage:
+        """The evaluation behind the last step finds the storage away at first, and the second time something to mend."""
+        python = self._folder / "python-that-measures"
+        python.write_text(
+            f"""#!/bin/bash
+[ "$3" = evaluate ] || exec {self._python} "$@"
+cd "$4"
+if [ -e mended ]; then echo {{}} >evaluation.json; exit 0; fi
+if [ -e asked ]; then exit 2; fi
+touch asked; exit 75
+"""
+        )
+        python.chmod(0o755)
+        stage = self.stage("measured", {}, python=str(python), sections={"evaluate": {"splits": {"birds": str(held_out)}}})
+        for state in ("first", "second"):
+            stage.notes[state] = stage.wait_for_end(self._cluster, stage.submit())
+            stage.notes[f"{state} said"] = stage.run.read_outcome()
+            (stage.path / "mended").touch()
         return stage
 
     def train(self, environment: dict[str, str]) -> SlurmStage:
@@ -159,7 +198,7 @@ class Side:
 def disturbed(cluster, make_slurm_stage, stand_in, environment, demo, tmp_path_factory):
     """The faults, each upon a job of its own, and a training: what is still going on while the first tests look at what has ended."""
     side = Side(cluster, make_slurm_stage, tmp_path_factory.mktemp("disturbed"), stand_in)
-    with ThreadPoolExecutor(len(STAND_INS) + 5) as pool:
+    with ThreadPoolExecutor(len(STAND_INS) + 8) as pool:
         done = {}
         for name in STAND_INS:
             scenario = SCENARIOS[name]
@@ -167,6 +206,9 @@ def disturbed(cluster, make_slurm_stage, stand_in, environment, demo, tmp_path_f
             while scenario.prepare and len(cluster.idle()) > NODES - 2 * len(done) and not done[name].done():
                 time.sleep(0.1)  # it is to get the node that has been made unfit for it
         done["same step"] = pool.submit(side.fail)
+        done["unheard"] = pool.submit(side.unheard)
+        done["warned early"] = pool.submit(side.warned_early)
+        done["measured"] = pool.submit(side.measure, demo.source("heldout/unseen_concept/test"))
         done["training"] = pool.submit(side.train, environment)
         done["plain"] = pool.submit(side.plainly, environment)
         done["two by two"] = pool.submit(side.two_by_two, environment)
@@ -205,6 +247,32 @@ def test_a_run_that_fails_at_the_same_step_each_life_stops_and_says_so(disturbed
     assert "step 27 cannot be done" in said["reason"]
     assert "exit code 71" in stage.command("status", str(stage.path)).stdout
     assert said["step"] == 20
+
+
+def test_a_job_that_slurm_does_not_requeue_fails_and_does_not_look_finished(disturbed):
+    stage = disturbed["unheard"].result()
+    assert stage.notes["state"] == "FAILED"
+    assert "failed: scontrol requeue" in stage.log()
+    assert stage.begins() == 1
+
+
+def test_a_warning_that_comes_while_the_script_sets_up_is_heard(disturbed):
+    stage = disturbed["warned early"].result()
+    assert stage.notes["state"] == "COMPLETED", stage.log()
+    assert "requeued: asked to stop before it trained" in stage.log()
+    assert [line["event"] for line in stage.attempts()] == ["begin", "end"] * 2
+    assert stage.resumed_from() == [None], "nothing was trained before"
+
+
+def test_an_evaluation_is_tried_again_and_where_a_person_must_mend_it_the_same_submit_goes_on(disturbed):
+    stage = disturbed["measured"].result()
+    assert stage.notes["first"] == "FAILED", stage.log()
+    assert [line.get("code") for line in stage.attempts()] == [None, 0, 75, None, 0, 2, None, 0]
+    assert stage.notes["first said"]["code"] == 2
+    assert "the evaluation ended with code 2" in stage.notes["first said"]["reason"]
+    assert stage.notes["second"] == "COMPLETED", stage.log()
+    assert stage.resumed_from() == [None], "trained once"
+    assert "is finished" in stage.command("submit", str(stage.config)).stderr
 
 
 def test_a_training_that_was_warned_and_lost_a_node_has_the_losses_of_one_without_slurm(disturbed):

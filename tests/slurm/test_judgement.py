@@ -5,12 +5,15 @@ from dataclasses import replace
 
 import pytest
 
-from data_pipeline.errors import EXIT_NEEDS_PERSON
+import slurm.preflight
+from data_pipeline import jsonl
+from data_pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_NEEDS_PERSON, EXIT_TRY_AGAIN, EXIT_USER
 from slurm.config import PreflightConfig, SlurmConfig
 from slurm.job_dir import JobDir
-from slurm.life import stalled
-from slurm.preflight import EXIT_EXCLUDE, judge_blind, problems
+from slurm.life import EXIT_NO_PROGRESS, begin, end, evaluated, stalled
+from slurm.preflight import EXIT_EXCLUDE, judge_blind, judge_report, problems
 from train import preflight
+from train.run_dir import write_json
 
 NODES = ["node01", "node02", "node03", "node04"]
 SETTINGS = SlurmConfig(gpus_per_node=8)
@@ -34,8 +37,38 @@ def test_lives_count_until_one_leaves_a_new_checkpoint(checkpoints, newest, coun
 
 @pytest.mark.parametrize("how", ["excluded", "taken"])
 def test_a_life_that_excluded_a_node_or_was_preempted_does_not_count(how):
-    lives = [{"event": event, "checkpoint": 0} for event in ("begin", how, "begin", "end")]
+    lives = [{"event": event, "checkpoint": 0, "nodes": ["node01"]} for event in ("begin", how, "begin", "end")]
     assert stalled(lives, 0) == 1
+
+
+def test_a_life_counts_whose_nodes_had_been_excluded_before_and_that_got_them_all_the_same():
+    lives = [{"event": event, "checkpoint": 0, "nodes": ["node01"]} for event in ("begin", "excluded") * 3]
+    assert stalled(lives, 0) == 2
+
+
+@pytest.mark.parametrize(
+    ("code", "by_slurm", "first", "second"),
+    [
+        (EXIT_DONE, False, "exit 0", "exit 0"),
+        (EXIT_USER, False, "exit 2", "exit 2"),
+        (EXIT_TRY_AGAIN, False, "requeue", f"exit {EXIT_NO_PROGRESS}"),
+        (EXIT_CRASH, False, "requeue", f"exit {EXIT_NO_PROGRESS}"),
+        (137, True, "requeue", "requeue"),
+    ],
+)
+def test_an_evaluation_that_fails_is_tried_again_where_that_may_help_and_says_so_where_not(tmp_path, code, by_slurm, first, second):
+    job_dir = JobDir(tmp_path)
+    job_dir.folder.mkdir()
+    job_dir.run.final.mkdir()
+    write_json(job_dir.run.final / "manifest.json", {})
+    for number, expected in enumerate((first, second)):
+        assert begin(job_dir, replace(SETTINGS, retries=3), "7") == EXIT_DONE
+        assert end(job_dir, SETTINGS, "7", 0, by_slurm=False) == "exit 0"
+        verdict = evaluated(job_dir, replace(SETTINGS, retries=2), "7", code, by_slurm)
+        assert verdict.startswith(expected), number
+    outcome = job_dir.run.read_outcome()
+    assert outcome["code"] == {"exit": int(second.split()[-1]) if second.startswith("exit") else 0}.get(second.split()[0], EXIT_DONE)
+    assert ("the evaluation ended with code" in outcome["reason"]) == (outcome["code"] != EXIT_DONE)
 
 
 def test_a_node_that_cannot_write_is_left_out_until_so_many_cannot_that_it_is_hardly_the_nodes(tmp_path, monkeypatch, capsys):
@@ -45,7 +78,33 @@ def test_a_node_that_cannot_write_is_left_out_until_so_many_cannot_that_it_is_ha
         monkeypatch.setenv("SLURMD_NODENAME", node)
         codes.append(judge_blind(JobDir(tmp_path), settings, job="7"))
     assert codes == [EXIT_EXCLUDE, EXIT_EXCLUDE, EXIT_NEEDS_PERSON]
-    assert capsys.readouterr().out.splitlines() == ["node09,node01", "node09,node01,node02"]
+    assert capsys.readouterr().out.splitlines() == ["node09,node01 node09,node01", "node09,node01,node02 node09,node01,node02"]
+
+
+def test_nodes_that_cannot_write_anything_are_left_out_as_often_as_slurm_remembers(tmp_path, monkeypatch):
+    settings = replace(SETTINGS, retries=2, cordon=str(tmp_path / "new" / "cordon.jsonl"))
+    monkeypatch.setattr(slurm.preflight.os, "access", lambda *_: False)
+    monkeypatch.setattr(jsonl, "append", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    monkeypatch.setenv("SLURMD_NODENAME", "node01")
+    codes = []
+    for restarts in range(3):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        codes.append(judge_blind(JobDir(tmp_path), settings, job="7"))
+    assert codes == [EXIT_EXCLUDE, EXIT_EXCLUDE, EXIT_NEEDS_PERSON]
+
+
+def test_a_job_leaves_out_what_it_excluded_before_and_knows_what_other_jobs_noted(tmp_path, monkeypatch, capsys):
+    settings = replace(SETTINGS, cordon=str(tmp_path / "cordon.jsonl"))
+    jsonl.append(tmp_path / "cordon.jsonl", [{"node": "of-another-cluster", "reason": "x", "job": "3"}])
+    job_dir = JobDir(tmp_path / "run")
+    job_dir.folder.mkdir(parents=True)
+    monkeypatch.setattr(slurm.preflight, "_job_nodes", lambda: NODES)
+    for unfit in ("node03", "node02"):
+        report = tmp_path / f"{unfit}.jsonl"
+        jsonl.append(report, [{"node": node, **said} for node, said in measured().items() if node != unfit])
+        assert judge_report(job_dir, settings, "7", report) == EXIT_EXCLUDE
+        (tmp_path / "cordon.jsonl").write_text((tmp_path / "cordon.jsonl").read_text().splitlines()[0] + "\n")  # not kept
+    assert capsys.readouterr().out.splitlines() == ["of-another-cluster,node03 node03", "of-another-cluster,node02,node03 node03,node02"]
 
 
 def measured(**changes):

@@ -39,6 +39,8 @@ from train.run_dir import RunDir
         ("data.images.policy=partition; data.images.most_tiles=100; model.projector.marks=true", "the largest image of 203"),
         ("data.tokenizer=/nowhere", "data.tokenizer"),
         ("data.sources.pairs.path=/nowhere", "data.sources.pairs"),
+        ("evaluate.splits={birds: /nowhere}", "evaluate.splits.birds: no source.json"),
+        ("evaluate.text=/nowhere", "evaluate.text: no source.json"),
         ("slurm.gpus_per_node=9", "have 8"),
         ("slurm.nodes=17", "sbatch refuses the job"),
         ("slurm.partition=nowhere", "sbatch refuses the job"),

@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import hashlib
 import os
 import shutil
 import threading
@@ -171,9 +172,9 @@ def test_a_write_that_fails_is_told_at_the_next_step_and_harms_no_other(run, mon
 
 @dataclass(frozen=True)
 class BesideAnother(Alone):
-    """A rank beside one that says that it wrote these files, by their sizes."""
+    """A rank beside one that says that it wrote these files."""
 
-    written: dict[str, int] = field(default_factory=dict)
+    written: checkpoint.Written = field(default_factory=dict)
 
     def gather(self, value):
         return [value, (None, self.written)]
@@ -189,7 +190,11 @@ class ModelBesideAnother(Model):
 
 @pytest.mark.parametrize(
     ("written", "why"),
-    [({"other.pt": 2}, None), ({"other.pt": 3}, "other.pt has 2 bytes, of 3"), ({"gone.pt": 2}, "gone.pt was written by a rank and")],
+    [
+        ({"other.pt": (2, hashlib.sha256(b"12").hexdigest())}, None),
+        ({"other.pt": (3, "")}, "other.pt has 2 bytes, of 3"),
+        ({"gone.pt": (2, "")}, "gone.pt was written by a rank and"),
+    ],
 )
 def test_a_checkpoint_that_lacks_what_another_rank_wrote_is_not_made_visible(run, written, why):
     before = make(run, Model())
@@ -200,6 +205,100 @@ def test_a_checkpoint_that_lacks_what_another_rank_wrote_is_not_made_visible(run
     with pytest.raises(UserError, match=f"cannot write checkpoint .*step-00000002: {why}") if why else nullcontext():
         writer.wait()
     assert steps(run) == ([1] if why else [1, 2])
+    assert why or checkpoint.problem(run.checkpoints / "step-00000002") is None
+
+
+@dataclass(frozen=True)
+class BesideOneThatFails(Alone):
+    """A rank beside one that could not write, for this reason."""
+
+    why: str = ""
+
+    def gather(self, value):
+        return [value, (self.why, {})]
+
+
+@pytest.mark.parametrize("theirs", ["cannot write: Disk quota exceeded", f"{checkpoint._CRASH}step-1: FileNotFoundError"])
+def test_of_two_ranks_that_fail_the_one_that_the_file_system_refused_is_told(run, monkeypatch, theirs):
+    there = []
+
+    def fails(*_: object) -> None:
+        there.append(list(run.checkpoints.glob(".*partial")))
+        raise RuntimeError("Parent directory does not exist") if "quota" in theirs else OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(torch, "save", fails)
+    writer = Writer(run, Model(), BesideOneThatFails(0, 2, 0, None, why=theirs), CheckpointConfig())
+    writer.save(state(1))
+    with pytest.raises(UserError, match="Disk quota exceeded"):
+        writer.wait()
+    assert there[0] and not list(run.checkpoints.glob(".*partial"))
+
+
+@pytest.mark.parametrize("late", ["short", "sync"])
+def test_a_file_of_which_the_disk_has_less_than_was_written_makes_no_checkpoint(run, monkeypatch, late):
+    writer = make(run, Model())
+    save = torch.save
+
+    def short(content, out):
+        save(content, out)
+        out.flush()
+        os.truncate(out._file.name, out.size - 100)
+
+    def refused(_: int) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(torch, "save", short) if late == "short" else monkeypatch.setattr(os, "fsync", refused)
+    writer.save(state(1))
+    with pytest.raises(UserError, match="bytes, of" if late == "short" else "Disk quota exceeded"):
+        writer.wait()
+    assert steps(run) == []
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_harms_no_new_one(run, monkeypatch):
+    writer = make(run, Model(), keep_last=1)
+    writer.save(state(1))
+    writer.wait()
+    rmtree = shutil.rmtree
+
+    def held_open(path, ignore_errors=False):
+        if "00000001" in str(path) and not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+        if "00000001" not in str(path):
+            rmtree(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", held_open)
+    writer.save(state(2))
+    writer.wait()
+    assert steps(run) == [2]
+    assert checkpoint.find(run, Alone(0, 1, 0, None), print).name == "step-00000002"
+
+
+class BesideOneThatFindsDamage(Alone):
+    """The first of three ranks."""
+
+    def gather(self, value):
+        return [value, "weight-4.pt is damaged", None]
+
+
+def test_the_files_of_a_checkpoint_are_dealt_to_the_ranks_to_be_hashed(run, monkeypatch):
+    class Large(Model):
+        def snapshot(self, folder: Path, tag: str):
+            return {folder / tag / f"weight-{i}.pt": torch.zeros(1000 * i) for i in range(1, 6)}
+
+    writer = make(run, Large())
+    writer.save(state(1))
+    writer.wait()
+    names, digest = [f"weight-{i}.pt" for i in range(1, 6)] + ["rng-0.pt", "state.json"], checkpoint.file_digest
+    hashed = {}
+    for rank in range(3):
+        mine = hashed[rank] = []
+        monkeypatch.setattr(checkpoint, "file_digest", lambda path, mine=mine: mine.append(path.name) or digest(path))
+        assert checkpoint._damage(run.checkpoints / "step-00000001", checkpoint._listed(run.checkpoints / "step-00000001")[rank::3]) is None
+    assert sorted(name for mine in hashed.values() for name in mine) == sorted(names)
+    assert max(map(len, hashed.values())) == 3
+    said = []
+    assert checkpoint.find(run, BesideOneThatFindsDamage(0, 3, 0, None), said.append) is None
+    assert said == ["passed over checkpoint step-00000001: weight-4.pt is damaged"]
 
 
 def mapped(file: Path) -> bool:

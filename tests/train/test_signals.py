@@ -1,5 +1,8 @@
 """A stop request is heard from the first moment of a rank on, and never mistaken for a crash."""
 
+import errno
+import os
+import resource
 import signal
 import subprocess
 import sys
@@ -7,7 +10,8 @@ import time
 
 import pytest
 
-from data_pipeline.errors import EXIT_TRY_AGAIN
+from data_pipeline.errors import EXIT_TRY_AGAIN, UserError
+from train import launch
 from train.run_dir import RunDir
 from train.signals import REQUESTS, StopRequest
 
@@ -59,3 +63,21 @@ def test_until_its_first_step_a_run_that_is_asked_to_stop_leaves_at_once_whateve
     assert process.returncode == EXIT_TRY_AGAIN, errors
     assert "asked to stop (SIGTERM) before the first step of this life; the same command goes on" in errors
     assert not made.run.metrics.exists() and not made.checkpoints()
+
+
+def test_a_rank_may_open_as_many_files_as_the_system_allows_and_not_the_usual_thousand():
+    program = "import resource as r; from data_pipeline.processes import open_many_files as o; o(); print(*r.getrlimit(r.RLIMIT_NOFILE))"
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limited = f"ulimit -Sn 64; exec {sys.executable} -c '{program}'"
+    assert subprocess.run(["bash", "-c", limited], capture_output=True, text=True, check=True).stdout == f"{most} {most}\n"
+
+
+def test_a_file_system_without_locks_is_said_in_one_line(tmp_path, monkeypatch):
+    def unknown(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    run = RunDir(tmp_path / "run")
+    run.create()
+    monkeypatch.setattr(launch.fcntl, "flock", unknown)
+    with pytest.raises(UserError, match=r"cannot be locked: Function not implemented \(choose a run.dir .*flock"), launch.own(run):
+        pass

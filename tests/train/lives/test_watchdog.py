@@ -120,6 +120,17 @@ def test_all_ranks_dump_and_leave_when_one_found_a_silence_whose_own_limits_are_
     assert all("sleep_in_this_phase" in run.stacks(rank).read_text() for rank in range(3))
 
 
+def test_a_silence_is_on_the_disk_before_another_rank_is_waited_for(run, monkeypatch):
+    watchdog = Watchdog(WatchdogConfig(), run, 0, 1)
+    synced, done = [], []
+    monkeypatch.setattr("train.watchdog.os.fsync", synced.append)
+    monkeypatch.setattr("train.watchdog.os._exit", done.append)
+    monkeypatch.setattr(watchdog, "_is_first", lambda own: done.append(list(synced)) or True)
+    watchdog._end(Silence(0, "data", 3, 8, seconds=9.0, time=time.time()))
+    assert done[0] == [watchdog._stacks.fileno()] and done[1] == EXIT_TRY_AGAIN
+    watchdog.close()
+
+
 def test_of_many_ranks_that_find_a_silence_at_once_one_reads_what_all_say(run):
     own = Silence(0, "data", 3, 8, seconds=9.0, time=time.time())
     watchdogs = [Watchdog(WatchdogConfig(), run, rank, 16) for rank in range(16)]
