@@ -104,7 +104,9 @@ def _submit(after: str | None, *file: str, stdin: str | None) -> str:
     waits = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
     result = run("sbatch", "--parsable", *waits, *file, stdin=stdin)
     if result.returncode:
-        raise UserError(f"sbatch refuses the job: {_last_line(result.stderr)} (mend the slurm section)")
+        raise UserError(
+            f"sbatch refuses the job: {_last_line(result.stderr)} (mend the slurm section, or of an array --tasks and --sbatch)"
+        )
     return result.stdout.strip().split(";")[0]
 
 

@@ -3,6 +3,7 @@
 Invariant: the choice is made once, by `describe`, and logged; nothing else asks the hardware.
 """
 
+import os
 import platform
 import resource
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import TryAgainError, UserError
 from train.config import Precision
 
 _BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
@@ -47,7 +48,14 @@ def choose(precision: Precision, local_rank: int) -> Device:
 
     Raises:
         UserError: a machine with GPUs has none for this rank.
+        TryAgainError: Slurm gave GPUs to the job and torch finds none: as a rank on the CPU it would hang all others.
     """
+    given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    if given != "0" and not torch.cuda.is_available():
+        node = os.environ.get("SLURMD_NODENAME", platform.node())
+        raise TryAgainError(
+            f"{node}: Slurm gave {given} GPUs and torch finds none (see nvidia-smi there; preflight leaves such a node out)"
+        )
     if torch.cuda.is_available() and local_rank >= torch.cuda.device_count():
         raise too_many_ranks(local_rank + 1, torch.cuda.device_count())
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data_pipeline.errors import EXIT_USER, UserError
+from data_pipeline.errors import EXIT_USER, TryAgainError, UserError
 from train import cli, device
 from train.config import Precision
 
@@ -17,6 +17,16 @@ def test_auto_is_bf16_only_where_the_processor_multiplies_it(monkeypatch, flags,
     monkeypatch.setattr(device, "_cpuinfo", lambda field: [" ".join(flags)])
     assert device.choose(Precision.auto, 0).dtype is dtype
     assert device.choose(Precision.fp32, 0).dtype is torch.float32, "what is asked for is done"
+
+
+def test_a_rank_whose_gpus_are_gone_does_not_go_on_as_one_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    monkeypatch.setenv("SLURMD_NODENAME", "node07")
+    with pytest.raises(TryAgainError, match=r"^node07: Slurm gave 8 GPUs and torch finds none \(see nvidia-smi there"):
+        device.choose(Precision.auto, 0)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "0")
+    assert device.choose(Precision.auto, 0).torch_device.type == "cpu"
 
 
 def test_a_rank_without_a_gpu_on_a_machine_that_has_some_is_refused_in_one_line_with_a_cure(monkeypatch):
