@@ -127,7 +127,7 @@ def index_shard(shard: ShardPath, index_dir: Path, kind: Kind, tokenizer: Tokeni
     the hashes holds also where they are not asked for.
 
     Raises:
-        UserError: the index folder cannot be written.
+        UserError: the index folder cannot be written, or holds the index of another source.
         TryAgainError: the shard cannot be read now; nothing is written, since a failure that may pass is not damage.
     """
     target = sidecar_path(shard, index_dir)
@@ -136,6 +136,13 @@ def index_shard(shard: ShardPath, index_dir: Path, kind: Kind, tokenizer: Tokeni
         found = read_facts(target) if target.exists() else {}
         if _same(found, facts) and (found["phash"] or not phash):
             return False
+        source = str(shard.parent.resolve())
+        if index_dir.resolve() != shard.parent.resolve():
+            owner = found.get("source", source)
+            if owner != source:
+                cure = f"give each source an --index-dir of its own, or delete {index_dir} if {owner} has moved"
+                raise UserError(f"{target} is the index of a shard of {owner}, not of {source} ({cure})")
+            facts["source"] = source
         table = pa.Table.from_pylist(list(_rows(shard, kind, tokenizer, phash)), schema=SCHEMA)
     except OSError as error:
         raise cannot_read(shard, error) from None

@@ -78,6 +78,19 @@ def test_a_shard_that_cannot_be_read_now_is_not_damage(pairs, monkeypatch):
     assert not sidecar_path(pairs, pairs.parent).exists()
 
 
+def test_a_second_source_with_the_same_index_dir_is_refused_and_leaves_the_first_ones_index(pairs, tmp_path):
+    index_dir, other = tmp_path / "index", tmp_path / "other"
+    index_shard(pairs, index_dir, Kind.pair, TOKENIZER)
+    before = sidecar_path(pairs, index_dir).read_bytes()
+    other.mkdir()
+    write_tar(other / pairs.name, make_pairs(2))
+    with pytest.raises(UserError, match=rf"is the index of a shard of {pairs.parent}, not of {other} \(give each source an --index-dir"):
+        index_shard(other / pairs.name, index_dir, Kind.pair, TOKENIZER)
+    assert sidecar_path(pairs, index_dir).read_bytes() == before
+    write_tar(pairs, make_pairs(2))
+    assert index_shard(pairs, index_dir, Kind.pair, TOKENIZER), "the source's own shard that has changed is indexed again"
+
+
 def test_a_source_that_cannot_be_read_now_is_no_other_user_error(pairs, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
