@@ -1,6 +1,7 @@
 """Checkpoints are written in the background, one at a time, each of its own moment; what cannot be written harms none before it."""
 
 import errno
+import fcntl
 import gc
 import hashlib
 import os
@@ -8,6 +9,7 @@ import shutil
 import threading
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -244,8 +246,9 @@ def test_a_file_of_which_the_disk_has_less_than_was_written_makes_no_checkpoint(
         out.flush()
         os.truncate(out._file.name, out.size - 100)
 
-    def refused(_: int) -> None:
-        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+    def refused(descriptor: int) -> None:  # to the one who wrote: who only reads the file is told nothing
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
     monkeypatch.setattr(torch, "save", short) if late == "short" else monkeypatch.setattr(os, "fsync", refused)
     writer.save(state(1))
@@ -273,11 +276,18 @@ def test_an_old_checkpoint_that_cannot_be_removed_harms_no_new_one(run, monkeypa
     assert checkpoint.find(run, Alone(0, 1, 0, None), print).name == "step-00000002"
 
 
-class BesideOneThatFindsDamage(Alone):
-    """The first of three ranks."""
+@dataclass(frozen=True)
+class OneOfThree(Alone):
+    """A rank whose first one has the checkpoint's list of files, and whose others find this."""
+
+    folder: Path = Path()
+    others: str | None = None
+
+    def share(self, value):
+        return checkpoint._listed(self.folder) if value is None else value
 
     def gather(self, value):
-        return [value, "weight-4.pt is damaged", None]
+        return [value, self.others, None]
 
 
 def test_the_files_of_a_checkpoint_are_dealt_to_the_ranks_to_be_hashed(run, monkeypatch):
@@ -288,16 +298,15 @@ def test_the_files_of_a_checkpoint_are_dealt_to_the_ranks_to_be_hashed(run, monk
     writer = make(run, Large())
     writer.save(state(1))
     writer.wait()
-    names, digest = [f"weight-{i}.pt" for i in range(1, 6)] + ["rng-0.pt", "state.json"], checkpoint.file_digest
-    hashed = {}
+    folder, digest, hashed = run.checkpoints / "step-00000001", checkpoint.file_digest, []
+    monkeypatch.setattr(checkpoint, "file_digest", lambda path: hashed[-1].append(path.name) or digest(path))
     for rank in range(3):
-        mine = hashed[rank] = []
-        monkeypatch.setattr(checkpoint, "file_digest", lambda path, mine=mine: mine.append(path.name) or digest(path))
-        assert checkpoint._damage(run.checkpoints / "step-00000001", checkpoint._listed(run.checkpoints / "step-00000001")[rank::3]) is None
-    assert sorted(name for mine in hashed.values() for name in mine) == sorted(names)
-    assert max(map(len, hashed.values())) == 3
+        hashed.append([])
+        assert checkpoint.find(run, OneOfThree(rank, 3, 0, None, folder=folder), print) == folder
+    assert sorted(chain(*hashed)) == sorted([*(f"weight-{i}.pt" for i in range(1, 6)), "rng-0.pt", "state.json"])
+    assert max(map(len, hashed)) == 3
     said = []
-    assert checkpoint.find(run, BesideOneThatFindsDamage(0, 3, 0, None), said.append) is None
+    assert checkpoint.find(run, OneOfThree(0, 3, 0, None, folder=folder, others="weight-4.pt is damaged"), said.append) is None
     assert said == ["passed over checkpoint step-00000001: weight-4.pt is damaged"]
 
 
