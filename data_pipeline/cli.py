@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     index.add_argument("--workers", type=int, default=1, metavar="N", help="shards at once (default 1)")
     index.add_argument("--task", default="0/1", metavar="I/N", help="only the I-th of N shares of the shards, I from 0: for job arrays")
-    index.add_argument("--index-dir", type=Path, help="where the index goes if the shards' folder is read-only or remote")
+    index.add_argument("--index-dir", type=Path, help="where the index goes if the shards' folder is read-only or remote; one a source")
     index.add_argument("--phash", action="store_true", help="decode the images and keep perceptual hashes, for select --unique near-image")
     index.set_defaults(run=_index)
 

@@ -20,6 +20,7 @@ from data_pipeline import jsonl
 from data_pipeline.errors import EXIT_DONE, EXIT_NEEDS_PERSON
 from slurm.config import SlurmConfig
 from slurm.job_dir import JobDir, newest_checkpoint
+from slurm.life import of_job
 
 EXIT_EXCLUDE = 10
 """Requeue, without the nodes on stdout."""
@@ -43,7 +44,7 @@ def judge_report(job_dir: JobDir, settings: SlurmConfig, job: str, report: Path)
         job_dir.run.write_outcome(EXIT_NEEDS_PERSON, reason, newest_checkpoint(job_dir.run))
         print(f"error: {reason}", file=sys.stderr)
         return EXIT_NEEDS_PERSON
-    own = [node for line in jsonl.read(job_dir.attempts) if line["event"] == "excluded" and line["job"] == job for node in line["nodes"]]
+    own = [node for line in of_job(jsonl.read(job_dir.attempts), job) if line["event"] == "excluded" for node in line["nodes"]]
     excluded = _cordon(job_dir, settings, job, found, own)
     newest = newest_checkpoint(job_dir.run)
     jsonl.append(job_dir.attempts, [{"event": "excluded", "job": job, "time": time.time(), "checkpoint": newest, "nodes": list(found)}])

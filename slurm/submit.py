@@ -93,7 +93,7 @@ def plan(path: str, overrides: Sequence[str], dry_run: bool, earlier: Sequence[s
     check(config, settings, place, earlier)
     cordoned = {entry["node"]: entry["reason"] for entry in jsonl.read(settings.cordon_file)}
     excluded = list(dict.fromkeys([*settings.exclude, *cordoned]))
-    script = render(config.run.name, settings, place, excluded, evaluate=bool(held_out(config)))
+    script = render(config.run.name, settings, place, excluded, evaluate=bool(configure.held_out(config)))
     for line in [*wasteful(config, settings), *(f"not used: {node}, {why} ({settings.cordon_file})" for node, why in cordoned.items())]:
         print(f"note: {line}", file=sys.stderr)
     if dry_run:
@@ -142,7 +142,7 @@ def check(config: Config, settings: SlurmConfig, place: Place, earlier: Sequence
         if not (folder / "source.json").exists():
             raise UserError(f"data.sources.{name}: no source.json in {folder} (run xc-data index and xc-data merge, or mend the path)")
         kinds.add(read_json(folder / "source.json").get("kind"))
-    for key, folder in held_out(config).items():
+    for key, folder in configure.held_out(config).items():
         for name in ("source.json",) if key == "evaluate.text" else ("source.json", "candidates.json"):
             if not (place.cwd / folder / name).exists():
                 raise UserError(f"{key}: no {name} in {place.cwd / folder} (mend the path)")
@@ -170,13 +170,7 @@ def check(config: Config, settings: SlurmConfig, place: Place, earlier: Sequence
 def finished(config: Config) -> bool:
     """Whether a run has its final weights and what was to be measured of them."""
     run = RunDir(config.run.dir)
-    return (run.final / "manifest.json").exists() and (run.evaluation.exists() or not held_out(config))
-
-
-def held_out(config: Config) -> dict[str, str]:
-    """The folders of what is measured behind the last step, by their key."""
-    text = {"evaluate.text": config.evaluate.text} if config.evaluate.text else {}
-    return {f"evaluate.splits.{name}": folder for name, folder in config.evaluate.splits.items()} | text
+    return (run.final / "manifest.json").exists() and (run.evaluation.exists() or not configure.held_out(config))
 
 
 def require_free(config: Config, job_dir: JobDir) -> None:

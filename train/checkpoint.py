@@ -157,7 +157,7 @@ def find(run: RunDir, ranks: Ranks, say: Callable[[str], None]) -> Path | None:
     if ranks.rank == 0:
         for partial in run.checkpoints.glob(".*.partial"):
             shutil.rmtree(partial, ignore_errors=True)
-    for name in ranks.share([folder.name for folder in newest_first(run)]):
+    for name in ranks.share([folder.name for folder in newest_first(run)] if ranks.rank == 0 else None):
         folder = run.checkpoints / name
         found = ranks.share(_listed(folder) if ranks.rank == 0 else None)
         if not isinstance(found, str):

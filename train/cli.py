@@ -141,7 +141,7 @@ def _run(args: argparse.Namespace) -> int:
                 return code
         else:
             print(f"{config.run.name}: finished before, in {run.path}")
-        if not run.evaluation.exists() and (config.evaluate.splits or config.evaluate.text):
+        if not run.evaluation.exists() and configure.held_out(config):
             code = _evaluate_apart(run.path)
             if code != EXIT_DONE:
                 return code
@@ -177,12 +177,10 @@ def _check_stage(config: Config, earlier: list[Config]) -> None:
     rows, words = config.model.decoder.vocab, data.tokenizer.size
     if words > rows:
         raise UserError(f"model.decoder.vocab: {rows} rows do not hold the tokenizer's {words} words (set it to {words} or more)")
-    held_out = {f"evaluate.splits.{name}": folder for name, folder in config.evaluate.splits.items()}
+    held_out = configure.held_out(config)
     for name, folder in held_out.items():
-        if not (Path(folder) / "candidates.json").exists():
+        if name != "evaluate.text" and not (Path(folder) / "candidates.json").exists():
             raise UserError(f"{name}: no candidates.json in {Path(folder).resolve()} (mend the path)")
-    if config.evaluate.text:
-        held_out["evaluate.text"] = config.evaluate.text
     for name, folder in held_out.items():
         ShardSource(name, folder, key=name).require_tokenizer(data.tokenizer.digest)
     named = configure.named_weights(config)

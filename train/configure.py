@@ -54,6 +54,12 @@ def read_resolved(run_dir: Path) -> Config:
     return load(file)
 
 
+def held_out(config: Config) -> dict[str, str]:
+    """The folders of what is measured behind the last step, by the key that names each; none where nothing is."""
+    text = {"evaluate.text": config.evaluate.text} if config.evaluate.text else {}
+    return {f"evaluate.splits.{name}": folder for name, folder in config.evaluate.splits.items()} | text
+
+
 def named_weights(config: Config) -> dict[str, str]:
     """The folders that the stage's first weights come from, by the key that names each; none where all are fresh.
 

@@ -45,7 +45,7 @@ def main() -> int:
         "seeds",
         nargs="+",
         type=int,
-        help="seeds of the table's columns: 0 1 2; an hour each, and half an hour of measuring, unless they have a record",
+        help="seeds of the table's columns: 0 1 2; an hour each with bf16, two without, unless they have a record",
     )
     parser.add_argument("--procs", default="2", help="ranks of a training (default 2)")
     parser.add_argument("--check", type=Path, help="a document that must hold the tables; nothing is trained")

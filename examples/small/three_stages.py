@@ -59,7 +59,8 @@ ROWS = {
 
 def main() -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(description="The small model's three stages, as the tables and articles of docs/results.md.")
+    about = "The small model's three stages, as the tables and articles of docs/results.md. Trains for hours, unless they have a record."
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--check", type=Path, help="a document that must hold the tables; nothing is trained")
     arguments = parser.parse_args()
     if arguments.check is None and not RECORD.exists():

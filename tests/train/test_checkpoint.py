@@ -278,13 +278,14 @@ def test_an_old_checkpoint_that_cannot_be_removed_harms_no_new_one(run, monkeypa
 
 @dataclass(frozen=True)
 class OneOfThree(Alone):
-    """A rank whose first one has the checkpoint's list of files, and whose others find this."""
+    """A rank that is told by the first one what it asks, in turn, and whose others find this."""
 
-    folder: Path = Path()
+    told: list = field(default_factory=list)
     others: str | None = None
 
     def share(self, value):
-        return checkpoint._listed(self.folder) if value is None else value
+        assert (value is None) == (self.rank != 0), "only the first one looks"
+        return self.told.pop(0)
 
     def gather(self, value):
         return [value, self.others, None]
@@ -300,13 +301,15 @@ def test_the_files_of_a_checkpoint_are_dealt_to_the_ranks_to_be_hashed(run, monk
     writer.wait()
     folder, digest, hashed = run.checkpoints / "step-00000001", checkpoint.file_digest, []
     monkeypatch.setattr(checkpoint, "file_digest", lambda path: hashed[-1].append(path.name) or digest(path))
+    listed = checkpoint._listed(folder)
     for rank in range(3):
         hashed.append([])
-        assert checkpoint.find(run, OneOfThree(rank, 3, 0, None, folder=folder), print) == folder
+        assert checkpoint.find(run, OneOfThree(rank, 3, 0, None, told=[[folder.name], listed]), print) == folder
     assert sorted(chain(*hashed)) == sorted([*(f"weight-{i}.pt" for i in range(1, 6)), "rng-0.pt", "state.json"])
     assert max(map(len, hashed)) == 3
     said = []
-    assert checkpoint.find(run, OneOfThree(0, 3, 0, None, folder=folder, others="weight-4.pt is damaged"), said.append) is None
+    ranks = OneOfThree(0, 3, 0, None, told=[[folder.name], listed], others="weight-4.pt is damaged")
+    assert checkpoint.find(run, ranks, said.append) is None
     assert said == ["passed over checkpoint step-00000001: weight-4.pt is damaged"]
 
 
