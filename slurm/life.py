@@ -104,11 +104,7 @@ def end(job_dir: JobDir, settings: SlurmConfig, job: str, code: int, by_slurm: b
         _note_end(job_dir, job, outcome["code"], outcome["reason"], by_slurm)
     if outcome["code"] in (EXIT_DONE, EXIT_USER, EXIT_NEEDS_PERSON):
         return f"exit {outcome['code']}"
-    if run.stop_file.exists():
-        return f"exit {EXIT_TRY_AGAIN}"
-    if not by_slurm and stalled(of_job(jsonl.read(job_dir.attempts), job), newest) >= settings.retries:
-        return f"exit {_give_up(job_dir, settings, outcome['reason'])}"
-    return f"requeue {outcome['reason']}"
+    return _another_life(job_dir, settings, job, outcome["reason"], by_slurm)
 
 
 def evaluated(job_dir: JobDir, settings: SlurmConfig, job: str, code: int, by_slurm: bool) -> str:
@@ -122,9 +118,15 @@ def evaluated(job_dir: JobDir, settings: SlurmConfig, job: str, code: int, by_sl
     if code in (EXIT_USER, EXIT_NEEDS_PERSON):
         run.write_outcome(code, reason, newest_checkpoint(run))
         return f"exit {code}"
-    if run.stop_file.exists():
+    return _another_life(job_dir, settings, job, reason, by_slurm)
+
+
+def _another_life(job_dir: JobDir, settings: SlurmConfig, job: str, reason: str, by_slurm: bool) -> str:
+    """What is to be done where another life may go better: it, unless somebody asked to stop or there were too many in vain."""
+    if job_dir.run.stop_file.exists():
         return f"exit {EXIT_TRY_AGAIN}"
-    if not by_slurm and stalled(of_job(jsonl.read(job_dir.attempts), job), newest_checkpoint(run)) >= settings.retries:
+    lives = stalled(of_job(jsonl.read(job_dir.attempts), job), newest_checkpoint(job_dir.run))
+    if not by_slurm and lives >= settings.retries:
         return f"exit {_give_up(job_dir, settings, reason)}"
     return f"requeue {reason}"
 
