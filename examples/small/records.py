@@ -4,6 +4,7 @@ document says what the records say.
 Invariant: a record is written whole, and a document is held against it line for line.
 """
 
+import json
 import re
 import subprocess
 import sys
@@ -50,6 +51,19 @@ def keep(record: Path, found: dict[str, Any]) -> None:
     """Writes a record, with the processor that this is."""
     record.parent.mkdir(parents=True, exist_ok=True)
     write_json(record, {"processor": cpu_name(), **found})
+
+
+def kept(record: Path) -> dict[str, Any]:
+    """What a record holds.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: it is damaged.
+    """
+    try:
+        return json.loads(record.read_text())
+    except ValueError:
+        raise UserError(f"{record} is no JSON (take it from git again, or delete it to have it measured anew)") from None
 
 
 def shown(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from captions import category_of
-from records import BIN, HELD_OUT, RESULTS, end_where_it_fails, exit_with, keep, printed, run_stage, sample_table, shown
+from records import BIN, HELD_OUT, RESULTS, end_where_it_fails, exit_with, keep, kept, printed, run_stage, sample_table, shown
 
 from train import configure
 from train.run_dir import RunDir
@@ -69,7 +69,7 @@ def record_of(seed: int) -> Path:
 
 def recorded(seed: int) -> dict[str, Any]:
     """What it holds: `processor`, `figures` (words, or a figure with its standard error) by name, `samples`."""
-    return json.loads(record_of(seed).read_text())
+    return kept(record_of(seed))
 
 
 def train(seed: int, procs: str) -> None:

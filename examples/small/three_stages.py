@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from records import BIN, HELD_OUT, RESULTS, end_where_it_fails, exit_with, keep, printed, row, run_stage, sample_table, shown
+from records import BIN, HELD_OUT, RESULTS, end_where_it_fails, exit_with, keep, kept, printed, row, run_stage, sample_table, shown
 
 from compose import places
 from train import configure
@@ -68,7 +68,7 @@ def main() -> int:
             train(stage)
         measure()
         keep(RECORD, measured())
-    record = json.loads(RECORD.read_text())
+    record = kept(RECORD)
     if all(article_of(number).exists() for number in range(ARTICLES)) and record != record | measured():
         print(f"error: {RECORD} does not say what {RUNS} says (delete it to have it written anew)", file=sys.stderr)
         return 1

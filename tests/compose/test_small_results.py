@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.errors import UserError
 from train import configure
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -96,6 +97,9 @@ def test_the_check_of_results_fails_where_the_document_says_something_else(monke
     assert "seed-1.json does not say what runs/small/seeds/1 says" in capsys.readouterr().err
     shutil.rmtree(results.RUNS)
     assert check(monkeypatch, results, document) == 0, "a record is enough"
+    results.record_of(1).write_text("{")
+    with pytest.raises(UserError, match=r"seed-1.json is no JSON \(take it from git"):
+        check(monkeypatch, results, document)
 
 
 def test_the_check_of_stages_fails_where_the_document_or_a_run_says_something_else(monkeypatch, tmp_path, capsys):
