@@ -34,10 +34,12 @@ class SequenceGroup:
 
     @staticmethod
     def join(rank: int, groups: int, size: int) -> "SequenceGroup":
-        """The group of rank `rank` of `groups` x `size`, neighbours together; all ranks call it."""
-        found = [dist.new_group(range(n * size, (n + 1) * size), timeout=TIMEOUT) for n in range(groups)] if size > 1 else None
+        """The group of rank `rank` of `groups` x `size`, neighbours together; each makes its own, and waits for no other."""
         number, place = divmod(rank, size)
-        return SequenceGroup(number, groups, place, size, found[number] if found else None)
+        if size == 1:
+            return SequenceGroup(number, groups, place, size, None)
+        members = range(number * size, (number + 1) * size)
+        return SequenceGroup(number, groups, place, size, dist.new_group(members, timeout=TIMEOUT, use_local_synchronization=True))
 
     def doubt(self, value: int) -> int:
         """An integer whose sum over all ranks is 0 where the ranks of each group have the same value, below 2 ** 32; else hardly ever."""
