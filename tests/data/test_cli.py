@@ -20,6 +20,7 @@ from tars import make_image, make_pairs, overwrite, write_tar
 
 from data_pipeline.configure import load_data_view
 from data_pipeline.opened import open_data
+from data_pipeline.read import remote as remote_module
 from data_pipeline.read.materialise import Materialiser
 from data_pipeline.read.storage import ShardReader
 from data_pipeline.shards import index as index_module
@@ -276,7 +277,8 @@ def test_a_worker_that_dies_names_what_is_not_done_and_one_process_does_it(demo,
         return read(reader, location)
 
     started = index if command == "index" else ("verify", folder)
-    with monkeypatch.context() as patch:  # inherited by the workers, which are forked
+    with monkeypatch.context() as patch:  # inherited by the workers, which are forked: also where this process has read remote shards
+        patch.setattr(remote_module, "_opened_by", [])
         patch.setattr(index_module, "walk_file", deadly_walk)
         patch.setattr(ShardReader, "read", deadly_read)
         capsys.readouterr()
