@@ -231,10 +231,12 @@ def test_held_out_data_of_any_name_has_its_tiles_rows_and_pictures(tmp_path, nam
     write_json(run.evaluation, evaluation)
     page = write_report(tmp_path).read_text()
     assert f"Right caption picked out of ten, {heading.lower()}" in page and "pretrain: above chance on 368 pictures" in page
-    assert (
-        f"<h3>{heading}, test half</h3>" in page and f"<b>{heading}.</b> The first 1 of the test half" in page and "<dt>picks</dt>" in page
-    )
-    assert page.count('<td class="left">validation</td>') == len(named) - 1 and page.count('<td class="left">test</td>') == 1
+    half = "" if named == ("birds",) else "test half"
+    assert f"<h3>{heading}{half and f', {half}'}</h3>" in page and "<dt>picks</dt>" in page
+    assert f"<b>{heading}.</b> The first 1 {half and f'of the {half} '}in order" in page
+    assert ("each split halved" in page) == bool(half)
+    assert page.count('<td class="left">validation</td>') == len(named) - 1
+    assert page.count(f'<td class="left">{"test" if half else "all"}</td>') == 1
     assert "Unseen" not in page
     figures = json.loads((tmp_path / "summary.json").read_text())["stages"]["pretrain"]
     assert {name: split["nll_right"] for name, split in figures.items()} == {

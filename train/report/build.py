@@ -16,7 +16,7 @@ import jinja2
 from data_pipeline.errors import UserError
 from data_pipeline.inspect import charts
 from train.report.collect import Fate, Stage, Step, collect
-from train.report.held_out import gallery, rows, split_title, verdict
+from train.report.held_out import gallery, rows, split_title, undivided, verdict
 from train.report.on_the_way import on_the_way
 from train.report.summary import ledger_counts, reason_of, split_names, summarise
 from train.run_dir import write_atomic
@@ -90,6 +90,7 @@ def render(title: str, stages: list[Stage], summary: dict[str, Any]) -> str:
         fates=Fate,
         summary=summary,
         splits=[(split, *split_title(split)) for split in splits],
+        undivided=undivided(stages),
         rows=rows(stages, splits),
         gallery=[(split, *split_title(split), gallery(stages, split)) for split in splits],
         verdict=verdict,

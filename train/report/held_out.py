@@ -57,6 +57,11 @@ def split_title(split: str) -> tuple[str, str]:
     return SPLIT_NOTES.get(split, (split, ""))
 
 
+def undivided(stages: list[Stage]) -> set[str]:
+    """Splits that have no halves: all of their captions count."""
+    return {name for stage in stages for name in stage.splits() if name.rpartition("/")[2] not in HALVES}
+
+
 def rows(stages: list[Stage], splits: list[str]) -> dict[str, list[Row]]:
     """Table rows by split: validation above test, in order of stages; `language_model` is the language stage without a picture."""
     base = next((s for s in stages if s.stage == "language"), None)

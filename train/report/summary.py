@@ -1,7 +1,7 @@
 """The figures of a model's stages as one small JSON tree: what scripts and issues quote.
 
 Invariant: a held-out split that any stage measured stands under every stage, with the same keys; what is missing is
-null. Held-out figures are of the test halves alone.
+null. Held-out figures are of the test halves alone; of a split that has none, of all of it.
 """
 
 import math
