@@ -87,6 +87,7 @@ def config_of(arm: str, rate: str, seed: int) -> Config:
 
 def train(arm: str, rate: str, seed: int, procs: str) -> RunDir:
     """Trains what has not ended yet."""
+    print(f"\n{arm} at {rate}, seed {seed} ({len(list(RECORDS.glob('*/*.json')))} runs are on record)", flush=True)
     run_stage(config_of(arm, rate, seed), {}, procs)
     return run_of(arm, rate, seed)
 
