@@ -165,7 +165,7 @@ def longest(assistant: Assistant, before: Sequence[Placed], make: Callable[[Sequ
 
 def fits(assistant: Assistant, parts: Parts) -> bool:
     """Whether a question leaves room for a short answer."""
-    return assistant.length(ask(*parts)) + SHORT_ANSWER <= assistant.context
+    return assistant.fits(ask(*parts), SHORT_ANSWER)
 
 
 def answer(assistant: Assistant, parts: Parts) -> Said:

@@ -59,12 +59,18 @@ class Prompter:
         Raises:
             UserError: too few, or there are pictures and the model never saw one.
         """
-        if any(isinstance(part, Picture) for turn in turns for part in turn.parts):
+        seen = sum(isinstance(part, Picture) for turn in turns for part in turn.parts)
+        if seen:
             self.require_sight()
         length = self.length(turns)
         if self.context - length < LEAST_ROOM:
-            raise UserError(f"{length} tokens of prompt are too many for a model that was trained on {self.context} (shorten it)")
+            cure = f"shorten it, or show fewer than its {seen} pictures" if seen else "shorten it"
+            raise UserError(f"{length} tokens of prompt are too many for a model that was trained on {self.context} ({cure})")
         return self.context - length
+
+    def fits(self, turns: Sequence[Turn], answer: int = LEAST_ROOM) -> bool:
+        """Whether the context leaves so many tokens for an answer."""
+        return self.length(turns) + answer <= self.context
 
     def length(self, turns: Sequence[Turn]) -> int:
         """Tokens of a prompt, pictures included."""
@@ -124,7 +130,12 @@ class Assistant(Prompter):
         return self._segment(turns, self._render(elements, last=True))
 
     def likeliest(self, turns: Sequence[Turn], options: Sequence[str]) -> int:
-        """Which of the options' first tokens the model would rather begin its answer with."""
+        """Which of the options' first tokens the model would rather begin its answer with.
+
+        Raises:
+            UserError: as `room`.
+        """
+        self.room(turns)
         logits = next_logits(self.model, [self._prompt(turns)], self.tokenizer)[0]
         return max(range(len(options)), key=lambda i: float(logits[self.tokenizer.encode(options[i])[0]]))
 

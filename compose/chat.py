@@ -3,6 +3,7 @@
 Invariant: a mistake in a line costs that line, never the conversation.
 """
 
+import io
 import os
 import re
 import sys
@@ -15,11 +16,14 @@ from data_pipeline.samples import Role
 from train.generate import Sampling
 
 _ENDING = rf"(?:{'|'.join(re.escape(e) for e in pictures.EXTENSIONS)})"
-_QUOTED = rf"""(?<!\w)(?P<quote>["'])(?P<quoted>(?:(?!(?P=quote)).|(?<=\w)'(?=\w))+?{_ENDING})(?P=quote)"""
+_LONGEST = 1024
+"""Characters of a path: a long line is not read to its end from each of its quotes."""
+_QUOTED = rf"""(?<!\w)(?P<quote>["'])(?P<quoted>(?:(?!(?P=quote)).|(?<=\w)(?=(?P=quote))'(?=\w)){{1,{_LONGEST}}}?{_ENDING})(?P=quote)"""
 """Between quotes; neither begins nor ends with the apostrophe of a word (`what's in 'my dog's photo.png'?`)."""
-_AROUND = r"""\s"'“”‘’(\[{<>,;:!?"""
-_PLAIN = rf"""(?<![^{_AROUND}])(?P<plain>[^{_AROUND}]\S*?{_ENDING})(?!\.?\w)"""
-"""Up to a blank, or what no name begins with: brackets and marks around it are words of the line."""
+_WIDE = r"""\s（［「『《【、，。；：！？"""
+_AROUND = rf"""{_WIDE}"'“”‘’(\[{{<>,;:!?"""
+_PLAIN = rf"""(?<![^{_AROUND}])(?P<plain>[^{_AROUND}][^{_WIDE}]{{0,{_LONGEST}}}?{_ENDING})(?!\.?[^\W\u2e80-\U0010ffff])"""
+"""Up to a blank, a Chinese, Japanese or Korean letter or mark, or what no name begins with: what is around it are words of the line."""
 _PATH = re.compile(f"{_QUOTED}|{_PLAIN}", re.I)
 
 WELCOME = "Paths of pictures in a line are pictures (quote a path with blanks). /new forgets what was said; Ctrl-D ends."
@@ -82,6 +86,8 @@ def ask_once(chat: Chat, line: str) -> None:
 def converse(chat: Chat) -> None:
     """Until the end of input."""
     interactive = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are refused with their line
     if interactive:
         import readline  # noqa: F401  input() then edits and remembers lines
 

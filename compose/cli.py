@@ -190,7 +190,7 @@ def _search(args: argparse.Namespace) -> int:
     from compose import collection, pictures
 
     found = collection.Collection(args.collection)
-    if args.image:
+    if args.image is not None:
         (picture,) = pictures.read([args.image])
         entries = found.like(picture, args.count)
     else:

@@ -82,11 +82,12 @@ def build(origin: Path, output: Path, model: Path | None = None) -> Built:
     """
     if output.exists():
         raise UserError(f"{output.absolute()} exists (choose another -o, or remove it)")
-    sight = _open_sight(model) if model else None
     damaged: list[str] = []
     source = ShardSource(origin.name, origin) if any(origin.glob("*.tar")) else None
     found = _of_source(source, origin, damaged) if source else _of_folder(origin, damaged)
-    batches = _Batches(_looked_at(found, sight, damaged))
+    one = list(islice(found, 1))  # before a model is read
+    sight = _open_sight(model) if one and model else None
+    batches = _Batches(_looked_at(chain(one, found), sight, damaged))
     first = next(batches, None)
     if first is None:
         kinds = ", ".join(e[1:] for e in EXTENSIONS)
@@ -105,8 +106,9 @@ def build(origin: Path, output: Path, model: Path | None = None) -> Built:
             facts["sight"] = {"model": str(model.absolute()), "weights": sight.weights, "centre": batches.centre.tolist()}
         write_json(partial / FACTS, facts)
         partial.rename(output)
-    except OSError as error:
-        raise UserError(f"cannot write {output.absolute()}: {error.strerror} (choose another -o)") from None
+    except (OSError, RuntimeError) as error:  # LanceDB's own are either
+        reason = (isinstance(error, OSError) and error.strerror) or str(error).split("\n", 1)[0]
+        raise UserError(f"cannot write {output.absolute()}: {reason} (choose another -o)") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Built(count, len(damaged))
@@ -179,14 +181,16 @@ class Collection:
 
     def retrieve(self, text: str, count: int, without: set[str]) -> list[Picture]:
         """As `search`, with the pictures themselves: no picture twice, none of the digests `without`, none that is gone."""
-        wanted = count + len(without)
         chosen: dict[str, Picture] = {}
-        for entry in self.search(text, 3 * wanted):  # the same picture may stand under several captions
-            picture = self._read(entry)
-            if picture and picture.digest not in without:
-                chosen.setdefault(picture.digest, picture)
-            if len(chosen) == count:
-                break
+        looked, wanted = 0, 3 * (count + len(without))  # the same picture may stand under several captions
+        while len(chosen) < count and looked < min(wanted, self.size):
+            for entry in self.search(text, wanted)[looked:]:
+                picture = self._read(entry)
+                if picture and picture.digest not in without:
+                    chosen.setdefault(picture.digest, picture)
+                if len(chosen) == count:
+                    break
+            looked, wanted = wanted, 4 * wanted
         return list(chosen.values())
 
     def _read(self, entry: Entry) -> Picture | None:
@@ -237,13 +241,14 @@ def _of_folder(folder: Path, damaged: list[str]) -> Iterator[tuple[Entry, bytes]
     if not folder.is_dir():
         raise UserError(f"no folder {folder.absolute()} (give a folder with pictures, or an indexed source)")
     for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file()):
+        beside = path.with_suffix(".txt")
         try:
+            str(path.absolute()).encode()  # the table keeps text, which some names are not
             image_size(data := path.read_bytes())
-        except (OSError, BadSample):
+            text = beside.read_text(encoding="utf-8", errors="replace").strip() if beside.is_file() else ""
+        except (OSError, UnicodeEncodeError, BadSample):
             damaged.append(str(path))
             continue
-        beside = path.with_suffix(".txt")
-        text = beside.read_text(encoding="utf-8", errors="replace").strip() if beside.is_file() else ""
         yield Entry(path.name, text or _words_of(path.stem), str(path.absolute()), NO_ROW), data
 
 

@@ -3,6 +3,7 @@
 Invariant: the page loads nothing, treats all words as text, and, like the record, appears whole or not at all; neither replaces a file.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,33 @@ def check_output(output: Path) -> Path:
     """The record's file, for a page in `output`.
 
     Raises:
-        UserError: one of them exists, or there is no such folder.
+        UserError: one of them exists, or cannot be written there.
     """
     if output.is_dir():
         raise UserError(f"-o {output} is a folder (give the page's name, such as {output / 'article.html'})")
     record = output.with_suffix(".json")
     if record == output:
         raise UserError(f"-o {output}: the record goes there (give the page's name, such as {output.with_suffix('.html')})")
-    for file in (output, record):
-        if file.exists():
-            raise UserError(f"{file.absolute()} exists (choose another -o, or remove it)")
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"no folder {output.absolute().parent} (make it, or choose another -o)")
+    require_writable(output, record)
     return record
+
+
+def require_writable(*files: Path) -> None:
+    """Refuses, before minutes of work, files that there are, and where none can be made.
+
+    Raises:
+        UserError: as said.
+    """
+    for file in files:
+        if os.path.lexists(file):
+            raise UserError(f"{file.absolute()} exists (choose another -o, or remove it)")
+        if not file.absolute().parent.is_dir():
+            raise UserError(f"no folder {file.absolute().parent} (make it, or choose another -o)")
+        try:
+            file.touch(exist_ok=False)
+            file.unlink()
+        except OSError as error:
+            raise UserError(f"cannot write {file.absolute()}: {error.strerror} (choose another -o)") from None
 
 
 def write(article: Article, facts: dict[str, Any], output: Path, record: Path) -> None:

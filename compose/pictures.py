@@ -6,6 +6,7 @@ Invariant: a picture that is here decodes; a file that does not is refused in on
 import base64
 import hashlib
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def _read(path: Path) -> Picture:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"no picture at {path.absolute()}: {error.strerror} (check the path)") from None
-    return decoded(path.name, data, str(path.absolute()))
+    return decoded(os.fsencode(path.name).decode(errors="replace"), data, str(path.absolute()))
 
 
 def decoded(name: str, data: bytes, where: str) -> Picture:

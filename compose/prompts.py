@@ -16,7 +16,7 @@ from compose.pictures import Picture
 OPTIONS = "ABCD"
 TITLE_WORDS = 14
 CAPTION_CHARACTERS = 200
-_SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 _MARK = re.compile(r"<Seg(\d+)>")
 
 
@@ -55,9 +55,8 @@ def read_article(answer: str, instruction: str, whole: bool = True) -> Read:
     """`Text` of an answer: the first line is the title, the other lines are paragraphs. `whole`: the model ended it."""
     remarks = []
     if not whole:
-        ended = _SENTENCE_END.split(answer)[:-1]
-        answer = answer[: answer.rindex(ended[-1]) + len(ended[-1])] if ended else answer
-        remarks.append("cut off at the limit of its length" + ("; its last, broken sentence left out" if ended else ""))
+        answer, broken = _without_end(answer)
+        remarks.append("cut off at the limit of its length" + ("; its last, broken sentence left out" if broken else ""))
     lines = [line.strip().lstrip("#").strip(" *") for line in answer.splitlines()]
     lines = [line for line in lines if line]
     kept = list(dict.fromkeys(lines))
@@ -68,12 +67,31 @@ def read_article(answer: str, instruction: str, whole: bool = True) -> Read:
         lines = [instruction.strip()]
         remarks.append("nothing was written; the instruction stands in")
     elif len(kept) == 1:
-        lines = [s for s in _SENTENCE_END.split(kept[0]) if s]
+        lines = _sentences(kept[0])
         remarks.append("written as one line; split into sentences, titled by the instruction")
     elif len(title.split()) > TITLE_WORDS:
         title, lines = _short(instruction), kept
         remarks.append("the first line is too long for a title; titled by the instruction")
     return Read(Text(title, lines), "; ".join(remarks) or None)
+
+
+def _without_end(text: str) -> tuple[str, bool]:
+    """A text without the sentence that it ends in, and whether there was another one; a title alone is no text."""
+    *lines, last = text.rstrip().split("\n")
+    sentences = _sentences(last)
+    if len(sentences) > 1:
+        return "\n".join([*lines, last[: last.rindex(sentences[-1])]]), True
+    return ("\n".join(lines), True) if len([line for line in lines if line.strip()]) > 1 else (text, False)
+
+
+def _sentences(line: str) -> list[str]:
+    """Of a line; a number ends none, as that of a heading (`14.3. Fractal Explorer`)."""
+    found, begin = [], 0
+    for end in _SENTENCE_END.finditer(line):
+        if not re.fullmatch(r"[\d.\s]*", line[begin : end.start()]):
+            found.append(line[begin : end.start()])
+            begin = end.end()
+    return [sentence for sentence in (*found, line[begin:]) if sentence]
 
 
 def _short(text: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from compose import assistant, choices, places
+from compose.page import require_writable
 from compose.pictures import Picture
 from data_pipeline.errors import UserError
 from data_pipeline.shards.source import ShardSource
@@ -102,11 +103,7 @@ def check_output(output: Path | None) -> None:
     if output.suffix != ".json":
         named = output / "NAME.json" if output.is_dir() else output.with_suffix(".json")
         raise UserError(f"-o {output}: tables go to a .json, and to a .md beside it (give {named})")
-    for file in (output, output.with_suffix(".md")):
-        if file.exists():
-            raise UserError(f"{file.absolute()} exists (choose another -o, or remove it)")
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"no folder {output.absolute().parent} (make it, or choose another -o)")
+    require_writable(output, output.with_suffix(".md"))
 
 
 def write(result: Result, output: Path) -> None:
@@ -197,18 +194,25 @@ def _choices(checkpoint: Path, data: Path | None, base: Path | None) -> Measure:
     if data is None:
         raise UserError("--suite choices needs questions (give --data FILE.jsonl, in the layout of MMBench or SEED-Bench)")
     questions = choices.read(data)
+    prompter = assistant.prompter(checkpoint)
     if any(isinstance(part, Picture) for question in questions for part in question.parts):
-        assistant.prompter(checkpoint).require_sight()
+        prompter.require_sight()
+    fitting = [prompter.fits(assistant.ask(*question.parts)) for question in questions]
 
     def measure(opened: Opened) -> list[Table]:
         asked = assistant.of(opened)
         right = np.asarray(
-            [asked.likeliest(assistant.ask(*q.parts), choices.LETTERS[: q.options]) == q.answer for q in questions],
+            [
+                fit and asked.likeliest(assistant.ask(*q.parts), choices.LETTERS[: q.options]) == q.answer
+                for q, fit in zip(questions, fitting, strict=True)
+            ],
         )
         by = {"all": np.ones(len(questions), bool)}
         by |= {name: np.asarray([q.category == name for q in questions]) for name in dict.fromkeys(q.category for q in questions)}
         guess = np.asarray([1 / q.options for q in questions])
-        return [Table(data.name, [_share(name, right[of], float(guess[of].mean())) for name, of in by.items()])]
+        too_long = f"{fitting.count(False)} questions do not fit the context of {asked.context} tokens and count as wrong."
+        rows = [_share(name, right[of], float(guess[of].mean())) for name, of in by.items()]
+        return [Table(data.name, rows, [] if all(fitting) else [too_long])]
 
     return measure
 

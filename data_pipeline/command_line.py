@@ -4,10 +4,14 @@ Invariant: a user error is one line on stderr and its exit code, never a traceba
 """
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable, Sequence
 
-from data_pipeline.errors import EXIT_DONE, TryAgainError, UserError
+from data_pipeline.errors import EXIT_DONE, EXIT_USER, TryAgainError, UserError
+
+_OF_PATHS = (errno.EACCES, errno.ENAMETOOLONG)
+"""What pathlib raises of a path that is only asked whether it is there."""
 
 
 def command_line(run: Callable[[], int]) -> int:
@@ -19,6 +23,11 @@ def command_line(run: Callable[[], int]) -> int:
         return error.exit_code
     except BrokenPipeError:
         return EXIT_DONE
+    except OSError as error:
+        if error.errno not in _OF_PATHS:
+            raise
+        print(f"error: {error.filename}: {error.strerror} (check the path)", file=sys.stderr)
+        return EXIT_USER
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, words: str) -> argparse.Namespace:

@@ -140,6 +140,13 @@ def test_a_broken_last_sentence_is_left_out():
     value, fallback = prompts.read_article("Title\nA whole one. And a bro", "x", whole=False)
     assert value == ("Title", ["A whole one."])
     assert "broken sentence left out" in fallback
+    for cut, left in {
+        "T\nOne.\nTwo. And a bro": ("T", ["One.", "Two."]),
+        "T\nOne\nA bro": ("T", ["One"]),
+        "标题\n第一段。\n第二段。第三句": ("标题", ["第一段。", "第二段。"]),
+        "14.3. Fractal Explorer\nThis filter ren": ("14.3. Fractal Explorer", ["This filter ren"]),
+    }.items():
+        assert prompts.read_article(cut, "x", whole=False).value == left
     assert prompts.read_article("", "Say it", whole=True).value == ("Say it", ["Say it"])
     assert prompts.read_article("T\na\na\nb", "x").value.lines == ["a", "b"]
 
@@ -259,6 +266,9 @@ def test_what_cannot_be_written_is_refused_in_one_line_and_leaves_nothing(demo, 
     assert "is no run directory" in refused(*out, model=tmp_path)
     assert "no folder" in refused("-o", tmp_path / "no" / "a.html")
     assert "is a folder (give the page's name" in refused("-o", "/")
+    assert "cannot write /proc/a.html" in refused("-o", "/proc/a.html")
+    assert "File name too long" in refused("-o", tmp_path / f"{'a' * 252}.html")
+    assert "File name too long" in refused(*out, model=Path("what is this? " * 19))
     assert "is not Unicode" in refused(*out, instruction="half \ud83d")
     assert not list(tmp_path.iterdir())
     gone = tmp_path / "gone.png"

@@ -98,6 +98,8 @@ def test_paths_in_a_line_are_pictures_in_their_places(picture, tmp_path):
         ("photo(1).png? it's a.png.", ["photo(1).png", "? it's ", "a.png", "."]),
         ("a.png.jpg and a.png.txt", ["a.png.jpg", " and a.png.txt"]),
         ("../HERE/a.png", ["a.png"]),
+        ("a.png里有什么？", ["a.png", "里有什么？"]),
+        ("看（a.png）、b.png。", ["看（", "a.png", "）、", "b.png", "。"]),
     ],
 )
 def test_a_path_is_told_from_the_quotes_and_marks_around_it(tmp_path, monkeypatch, line, read):
@@ -105,6 +107,12 @@ def test_a_path_is_told_from_the_quotes_and_marks_around_it(tmp_path, monkeypatc
         Image.new("RGB", (8, 8)).save(tmp_path / name, "PNG")
     monkeypatch.chdir(tmp_path)
     assert [p if isinstance(p, str) else p.name for p in chat.parts(line.replace("HERE", tmp_path.name))] == read
+
+
+@pytest.mark.timeout(30)  # each of these takes a thousandth of that, or hours
+@pytest.mark.parametrize("line", ['"' + "it's " * 200, "'" + "a's" * 200, "a," * 50_000, "' " * 50_000, "x" * 100_000])
+def test_a_line_without_a_path_is_read_in_no_time(line):
+    assert chat.parts(line) == [line]
 
 
 def test_ask_prints_the_same_answer_every_time_and_another_for_another_picture(run_dir, picture, capsys):
@@ -209,11 +217,13 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_in_one_line(demo, tmp_path,
 
 def test_a_mistake_costs_its_line_and_new_forgets(run_dir, picture, monkeypatch, capsys):
     lines = ["what is gone.png", f"what is '{picture}'", "and now", "/new", f"what is '{picture}'"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    typed = "\n".join(["caf\udce9", *lines]).encode(errors="surrogateescape")  # the first is Latin-1
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
     with pytest.raises(SystemExit) as ended:
         main(["chat", str(run_dir), "--max-tokens", "8"])
     said = capsys.readouterr()
     assert not ended.value.code
     first, second, third = said.out.splitlines()
     assert first == third != second
-    assert said.err.startswith("error: no picture at")
+    not_text, *rest = said.err.splitlines()
+    assert "bytes that are not UTF-8" in not_text and rest[0].startswith("error: no picture at")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -44,8 +45,9 @@ def test_a_folder_gives_captions_beside_pictures_and_out_of_names(tmp_path):
     picture(folder / "deep" / "IMG_1.JPG", 2).with_suffix(".txt").write_text("A sailing boat on a lake\n")
     picture(folder / "copyOfBarn.webp", 3)
     picture(folder / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    shutil.copy(folder / "copyOfBarn.webp", folder / os.fsdecode(b"caf\xe9.webp"))
     built = build(folder, tmp_path / "c")
-    assert (built.pictures, built.unreadable) == (3, 1)
+    assert (built.pictures, built.unreadable) == (3, 2)
     found = Collection(tmp_path / "c")
     assert {e.caption for e in found.search("x", 9)} == {"old red barn2", "A sailing boat on a lake", "copy Of Barn"}
     assert found.retrieve("ship at sea", 1, set())[0].caption == "A sailing boat on a lake"
@@ -117,6 +119,18 @@ def test_a_table_that_is_gone_or_damaged_is_refused_in_one_line(collection, tmp_
         code, _, error = commanded(capsys, "search", folder, "the sun")
         assert (code, error.count("\n")) == (2, 1)
         assert "is no collection" in error
+
+
+def test_pictures_that_are_gone_or_stand_twice_do_not_hide_the_others(tmp_path):
+    for number in range(30):
+        picture(tmp_path / "p" / f"barn {number}.png", number % 2)
+    picture(tmp_path / "p" / "ship.png", 5)
+    build(tmp_path / "p", tmp_path / "c")
+    found = Collection(tmp_path / "c")
+    assert {p.caption for p in found.retrieve("a barn", 3, set())} >= {"ship"}, "thirty nearer ones are two pictures"
+    for number in range(30):
+        (tmp_path / "p" / f"barn {number}.png").unlink()
+    assert [p.caption for p in found.retrieve("a barn", 3, set())] == ["ship"]
 
 
 def test_given_pictures_are_ranked_by_their_names(tmp_path):

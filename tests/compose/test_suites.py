@@ -109,6 +109,16 @@ def test_both_layouts_are_read_and_the_likeliest_letter_is_judged(assistant, run
     assert "out.json exists" in refused(capsys, run_dir, "--suite", "choices", "--data", file, "-o", tmp_path / "out.json")
 
 
+def test_a_question_that_does_not_fit_counts_as_wrong_and_is_said(run_dir, tmp_path):
+    row = {"index": 1, "question": "Which?", "A": "a", "B": "b", "answer": "A"}
+    file = tmp_path / "questions.jsonl"
+    long = [{**row, "hint": "apple " * 17_000, "answer": answer} for answer in "AB"]
+    file.write_text("\n".join(map(json.dumps, long)))
+    (table,) = suites.run("choices", run_dir, file, None).tables
+    assert table.rows[0].value == 0
+    assert table.notes == ["2 questions do not fit the context of 512 tokens and count as wrong."]
+
+
 def test_seed_bench_names_its_pictures_without_an_extension(run_dir, tmp_path, capsys):
     (tmp_path / "1454426_2591111986").write_bytes(make_image())
     row = {"question_id": "101669", "question_type_id": 1, "question": "Which?", "choice_a": "One", "choice_b": "Two", "choice_c": "Three"}
