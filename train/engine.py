@@ -53,10 +53,11 @@ def engine_json(config: Config, world: int, micro_steps: int, dtype: torch.dtype
         "data_types": {"grad_accum_dtype": "fp32"},
         "gradient_clipping": config.train.grad_clip,
         "steps_per_print": 1 << 30,
+        "timers": {"throughput": {"enabled": False}},  # would wait for the GPU twice a micro-batch
     }
     made = _overridden(settings, config.deepspeed.extra)
-    if not made["zero_optimization"].get("zero_quantized_gradients"):  # whose kernel reads 16-bit numbers
-        made.setdefault("communication_data_type", "fp32")  # else ranks' gradients are summed in bf16, where small ones are lost
+    # Without it, ranks' gradients are summed in bf16, where small ones are lost; and the kernel that quantizes them takes all bits for fp16
+    made.setdefault("communication_data_type", "fp16" if made["zero_optimization"].get("zero_quantized_gradients") else "fp32")
     return made
 
 

@@ -4,6 +4,7 @@ Invariant: a product is counted as often as it runs. A frozen weight costs no gr
 trainable no gradient at all; so no rule of thumb (6 x parameters x tokens) enters. Integers, so that all ranks compute the same.
 """
 
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,8 +18,12 @@ from train.model.recompute import is_recomputed
 from train.model.xcomposer2 import XComposer2
 from train.model_config import LowRankMode
 
-PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12, "L40S": 362e12}
-"""Dense bf16 FLOP/s of GPUs by a word of their names, from NVIDIA's data sheets (SXM where there are several)."""
+PEAKS = {
+    **{"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12},
+    **{"H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12, "A100": 312e12, "A800": 312e12},
+    **{"B200": 2250e12, "GB200": 2500e12, "L40S": 362e12},
+}
+"""Dense bf16 FLOP/s of GPUs by words of their names, from NVIDIA's data sheets; the first that is found counts."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ class StepCost:
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of a GPU, where we know it."""
-    return next((peak for word, peak in PEAKS.items() if word in device_name), None)
+    return next((peak for words, peak in PEAKS.items() if re.search(rf"\b{words}\b", device_name)), None)
 
 
 def cost_model(config: Config) -> CostModel:

@@ -100,7 +100,7 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
     engine = Engine(config, built.model, optim.adamw(built.trained, built.model, config.train), ranks, device.dtype, universal=reshaped)
     state, resumed = _resume(config, run, ranks, device, data, engine, folder, saved, lambda: watchdog.beat(0, "start"))
     ranks.barrier()  # or the checkpoint
-    reporter = Reporter(config, run, ranks, terminal, peak_flops(device.name))
+    reporter = Reporter(config, run, ranks, terminal, peak_flops(device.name) if device.dtype is torch.bfloat16 else None)
     figures = Figures(config, data, optim.highest_scales(built.trained), _lived_s(run, ranks, watchdog.began))
     if ranks.rank == 0:
         begins = f"resumed from step {state.step}" if resumed else "started"

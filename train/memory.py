@@ -90,7 +90,7 @@ def states(model: nn.Module, config: Config, world: int, dtype: torch.dtype) -> 
     if stage == 0:
         return Memory(size * whole, FP32 * trained, moments(trained, config, world), 0, 0, 0, 0, 0)
     reduced = min(trained, int(zero.get("reduce_bucket_size", REDUCE_BUCKET)))
-    summed = _summed_in(config, dtype)
+    summed = _summed_in(config)
     bucket, exchange = size * reduced, (size + (summed if summed != size else 0)) * reduced
     optimizer, gradients, weights, gathered, offloaded = 3 * FP32 * part, FP32 * part, size * whole, 0, 0
     if stage == 3:  # whose bucket is in the format of the sum
@@ -194,11 +194,11 @@ def _zero_extra(config: Config) -> dict[str, Any]:
     return config.deepspeed.extra.get("zero_optimization", {})
 
 
-def _summed_in(config: Config, dtype: torch.dtype) -> int:
+def _summed_in(config: Config) -> int:
     """Bytes of a number in which ranks sum gradients: 4, but where a setting says otherwise (train/engine.py)."""
     quantized = _zero_extra(config).get("zero_quantized_gradients", config.deepspeed.zero_pp.quantized_gradients)
     wanted = config.deepspeed.extra.get("communication_data_type")
-    return dtype.itemsize if quantized and not wanted else FP32 if wanted in (None, "fp32") else 2
+    return FP32 if (wanted or ("fp16" if quantized else "fp32")) == "fp32" else 2
 
 
 def _offloads(typed: OffloadTo, extra: dict[str, Any] | None) -> bool:

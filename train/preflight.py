@@ -148,6 +148,7 @@ def _together(timeout: timedelta) -> dict[str, Any]:
         except dist.DistError:
             return {"absent": [r for r in range(world) if not store.check([f"here/{r}"])]}
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a sum that hangs is then an error here, not the end of every process
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=timeout)
         clocks = torch.zeros(world, dtype=torch.float64, device=device)
         summed = torch.ones((GPU_BYTES if device.type == "cuda" else CPU_BYTES) // 4, device=device)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.utils.config import get_timers_config
 from hub_folders import stage_config
 
 from data_pipeline.errors import UserError
@@ -26,6 +27,7 @@ def test_by_default_nothing_is_offloaded_and_batches_are_counted_as_deepspeed_co
     assert (made["train_batch_size"], made["gradient_accumulation_steps"]) == (8, 2)
     assert made["data_types"]["grad_accum_dtype"] == made["communication_data_type"] == "fp32"
     assert settings(extra={"communication_data_type": "bf16"})["communication_data_type"] == "bf16"
+    assert not get_timers_config(made).enabled, "it waits for the GPU twice a micro-batch"
 
 
 @pytest.mark.parametrize("device", ["cpu", "nvme"])
@@ -37,7 +39,7 @@ def test_offload_and_zero_pp_are_what_deepspeed_understands(device):
     assert (str(known.offload_param.nvme_path) == "/local/disk") == (device == "nvme")
     assert known.offload_optimizer.pin_memory
     assert (known.zero_hpz_partition_size, known.zero_quantized_weights, known.zero_quantized_gradients) == (8, True, True)
-    assert "communication_data_type" not in made, "the kernel that quantizes gradients reads 16-bit numbers"
+    assert made["communication_data_type"] == "fp16", "the kernel that quantizes gradients takes any bits for fp16"
 
 
 def test_trained_weights_stay_in_host_memory_where_frozen_ones_go_to_a_disk():

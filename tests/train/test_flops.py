@@ -135,4 +135,6 @@ def test_pretraining_the_7b_costs_what_the_rule_of_thumb_says() -> None:
 def test_peaks_are_known_by_the_names_that_torch_gives() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    assert peak_flops("Some other GPU") is None
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA GH200 480GB") == 989e12
+    assert peak_flops("NVIDIA RTX A1000") is peak_flops("Some other GPU") is None
