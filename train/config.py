@@ -14,7 +14,9 @@ from train.model_config import ModelConfig
 
 
 class Stage(Enum):
-    """What a run is for; it decides nothing by itself, the groups do."""
+    """What a run is for. What learns is decided by `train.groups`; the stage says what is measured (language: no pictures), which models
+    `xc-compose article` takes (sft, compose) and whose code an export names (compose).
+    """
 
     language = "language"  # text alone: stands in for a pretrained decoder where none is given
     pretrain = "pretrain"  # ViT, projector and PLoRA learn to speak to a frozen decoder
@@ -252,7 +254,7 @@ class TrackConfig:
     """Where metrics go; `metrics.jsonl` in the run directory is written always."""
 
     every: int = 10
-    """Steps between lines for the trackers and the terminal."""
+    """Steps between two sums over the ranks: trackers then get a line for each of these steps, the terminal one for all of them."""
     tensorboard: bool = True
     wandb: bool = True
     """Weights & Biases; offline unless you are logged in."""
