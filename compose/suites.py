@@ -21,7 +21,7 @@ from train.evaluate import Scorer, Scores, evaluate_key, share_stderr
 from train.held_out import read_candidates
 from train.run_dir import write_atomic, write_json
 from train.weights import exported
-from train.weights.opened import Opened, first_weights, open_model, read_config
+from train.weights.opened import Opened, first_weights, open_model, read_config, require_weights
 
 PAIRS = "candidates.json"
 
@@ -167,6 +167,8 @@ def _text(checkpoint: Path, data: Path | None, base: Path | None) -> Measure:
         raise UserError(f"{checkpoint} is an export, which does not know what its stage began from (give --base)")
     tokenizer = assistant.prompter(checkpoint).tokenizer
     source.require_tokenizer(tokenizer.digest)
+    if base:
+        require_weights(base)
     if base and assistant.prompter(base).tokenizer.digest != tokenizer.digest:
         raise UserError(f"--base {base} has another tokenizer: losses a token cannot be compared (give the model's own base)")
 

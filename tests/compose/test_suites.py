@@ -229,6 +229,10 @@ def test_what_a_model_cannot_be_asked_is_refused_before_its_weights_are_looked_f
         facts = json.loads((folder / "source.json").read_text())
         (folder / "source.json").write_text(json.dumps({**facts, "tokenizer": "another"}))
         assert "was indexed with another tokenizer" in refused(capsys, language, "--suite", suite, "--data", folder)
+    unended = write_run(demo, tmp_path / "unended", "language")
+    shutil.rmtree(unended / "final")
+    said = refused(capsys, language, "--suite", "text", "--data", demo.source("heldout/text"), "--base", unended)
+    assert f"{unended} has no final weights" in said
     other = write_run(demo, tmp_path / "other", "language", tokenizer=str(shutil.copytree(demo.tokenizer, tmp_path / "tokenizer")))
     file = tmp_path / "tokenizer" / "tokenizer.json"
     file.write_text(file.read_text().replace(" ", "  ", 1))

@@ -57,6 +57,16 @@ def read_config(path: Path) -> Config:
     return exported.read(path) if exported.is_export(path) else configure.read_resolved(_run_of(path))
 
 
+def require_weights(path: Path) -> None:
+    """Refuses a run that has not ended, before anything large is read.
+
+    Raises:
+        UserError: it has no final weights.
+    """
+    if not exported.is_export(path) and path.absolute().parent.name != "checkpoints":
+        final.digest(_run_of(path.absolute()))
+
+
 def _run_of(path: Path) -> Path:
     if path.parent.name == "checkpoints":
         return path.parents[1]
