@@ -106,6 +106,10 @@ def test_both_layouts_are_read_and_the_likeliest_letter_is_judged(assistant, run
     assert by_name["all"]["beside"] == pytest.approx((4 / 2 + 1 / 4) / 5)
     assert (a > b) == (assistant.likeliest(ask(*first.parts), "AB") == 0)
     assert said.startswith((tmp_path / "out.md").read_text())
+    letters = "BA" if a > b else "AB"  # the one that the model rejects, and the one that it prefers
+    for share, letter in enumerate(letters):
+        file.write_text(json.dumps({**rows[0], "answer": letter}))
+        assert suites.run("choices", run_dir, file, None).tables[0].rows[0].value == share
     assert "out.json exists" in refused(capsys, run_dir, "--suite", "choices", "--data", file, "-o", tmp_path / "out.json")
 
 

@@ -324,6 +324,16 @@ def test_content_digest_does_not_depend_on_the_words_of_a_library_for_damage(pai
     assert theirs.facts["digest"] == ours.facts["digest"]
 
 
+def test_a_source_is_opened_by_its_facts_and_its_block_table_alone(demo, tmp_path):
+    source = demo.copy("pairs", tmp_path / "pairs")
+    read = ShardSource("s", source)
+    kept = {source / "source.json", read._columns / "blocks.bin"}
+    for file in [f for f in source.rglob("*") if f.is_file() and f not in kept]:
+        file.unlink()
+    opened = ShardSource("s", source)
+    assert (opened.digest, opened.block_starts.tolist()) == (read.digest, read.block_starts.tolist())
+
+
 def test_shards_may_move_with_their_index(demo, tmp_path):
     moved = ShardSource("pairs", demo.copy("pairs", tmp_path / "moved"))
     original = ShardSource("pairs", demo.source("pairs"))

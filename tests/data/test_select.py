@@ -267,6 +267,8 @@ def test_a_query_larger_than_memory_goes_to_disk_and_cleans_up(demo, tmp_path):
     source = demo.copy("pairs", tmp_path / "pairs")
     assert chosen(source, unique=("text", "image"), memory="24MB") == chosen(source, unique=("text", "image"))
     assert not list((source / "selections").glob(".*"))
+    with pytest.raises(UserError, match="memory"):
+        chosen(source, unique=("text", "image"), memory="1MB")
 
 
 def test_a_kill_while_writing_leaves_no_selection(demo, tmp_path, monkeypatch):

@@ -107,6 +107,19 @@ def test_a_job_leaves_out_what_it_excluded_before_and_knows_what_other_jobs_note
     assert capsys.readouterr().out.splitlines() == ["of-another-cluster,node03 node03", "of-another-cluster,node02,node03 node03,node02"]
 
 
+def test_what_most_nodes_have_is_not_the_nodes_fault_and_none_is_excluded(tmp_path, monkeypatch, capsys):
+    settings = replace(SETTINGS, cordon=str(tmp_path / "cordon.jsonl"))
+    job_dir = JobDir(tmp_path / "run")
+    job_dir.folder.mkdir(parents=True)
+    monkeypatch.setattr(slurm.preflight, "_job_nodes", lambda: NODES)
+    first, *others = NODES
+    jsonl.append(tmp_path / "report.jsonl", [{"node": first, **measured()[first]}])
+    assert judge_report(job_dir, settings, "7", tmp_path / "report.jsonl") == EXIT_NEEDS_PERSON
+    assert not capsys.readouterr().out and not (tmp_path / "cordon.jsonl").exists()
+    said = job_dir.run.read_outcome()
+    assert said["code"] == EXIT_NEEDS_PERSON and all(f"{node}: " in said["reason"] for node in others)
+
+
 def measured(**changes):
     """What four fit nodes say; keyword arguments change node03."""
     fit = {

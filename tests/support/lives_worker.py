@@ -8,6 +8,7 @@ to the file descriptor that it was given.
 import json
 import os
 import sys
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,6 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from data_pipeline.errors import TryAgainError
+from data_pipeline.part import fingerprint
 from train import configure, loop
 from train.device import choose
 from train.ranks import Ranks, join
@@ -55,10 +58,15 @@ def live(job: dict[str, Any], ranks: Ranks) -> None:
     os.close(log)
     steps = job["nan_gradients"].get(str(ranks.rank), [])
     patch = mock.patch.object(loop, "build_model", with_nan_gradients(steps, config.data.global_batch // ranks.world))
-    with patch, (run.logs / SAID if ranks.rank == 0 else Path(os.devnull)).open("w") as said:
+    read, otherwise = count(1), job["reads_otherwise"].get(str(ranks.rank))
+    reading = mock.patch.object(loop, "fingerprint", lambda batches: fingerprint(batches) + (next(read) == otherwise))
+    with patch, reading, (run.logs / SAID if ranks.rank == 0 else Path(os.devnull)).open("w") as said:
         watchdog = Watchdog(config.watchdog, run, ranks.rank, ranks.world)
         device = choose(config.train.precision, ranks.rank)
-        ending = loop.train(config, run, ranks, device, Terminal(config.run.name, said), watchdog)
+        try:
+            ending = loop.train(config, run, ranks, device, Terminal(config.run.name, said), watchdog)
+        except TryAgainError as error:  # on all ranks alike
+            ending = loop.Ending(error.exit_code, str(error), 0)
         watchdog.close()
     if ranks.rank == 0:
         run.write_outcome(ending.code, ending.reason, ending.step)

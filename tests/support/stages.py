@@ -153,6 +153,8 @@ class Life:
     overrides: tuple[str, ...] = ()
     nan_gradients: Mapping[int, Sequence[int]] = field(default_factory=dict)
     """Steps in which a gradient is NaN, by rank."""
+    reads_otherwise: Mapping[int, int] = field(default_factory=dict)
+    """The step whose data a rank takes for others, by rank."""
 
 
 def run_ranks(command: Sequence[str], environment: Mapping[str, str], world: int = 2) -> None:
@@ -217,6 +219,7 @@ def live_together(lives: Sequence[Life], world: int = 2) -> None:
     """Lives in a row on ranks that all tests share: where the command is not what is tested."""
     with tempfile.TemporaryDirectory() as folder:
         jobs = Path(folder) / "jobs.json"
-        settings = [{"config": str(life.stage.config), "overrides": life.overrides, "nan_gradients": life.nan_gradients} for life in lives]
+        faults = ("overrides", "nan_gradients", "reads_otherwise")
+        settings = [{"config": str(life.stage.config), **{fault: getattr(life, fault) for fault in faults}} for life in lives]
         jobs.write_text(json.dumps(settings))
         WarmRanks.of(world).live(jobs)

@@ -76,8 +76,13 @@ def test_only_what_shapes_the_result_makes_two_configs_differ():
     one = configure.load(DEMO[1])
     cadence = ["data.workers=7", "track.every=99", "checkpoint.every=3", "deepspeed.stage=1", "run.name=x", "train.attention=sdpa"]
     assert configure.shaping_difference(one, configure.load(DEMO[1], cadence)) is None
-    for override, key in [("train.lr=1", "train.lr"), ("data.context=64", "data.context"), ("run.seed=5", "run.seed")]:
-        assert configure.shaping_difference(one, configure.load(DEMO[1], [override])) == key
+    shaping = ["train.lr=1", "data.context=64", "data.images.crop=0.5", "run.seed=5", "run.stage=sft", "run.init_from=elsewhere"]
+    shaping += ["model.plora.alpha=3", "model.decoder.rope_theta=1e5", "train.betas=[0.8,0.9]", "deepspeed.extra.zero_optimization=1"]
+    for override in shaping:
+        found = configure.shaping_difference(one, configure.load(DEMO[1], [override]))
+        assert found and override.startswith(found), override
+    zero_pp = ["deepspeed.stage=3", "deepspeed.zero_pp.quantized_gradients=true"]
+    assert configure.shaping_difference(one, configure.load(DEMO[1], zero_pp)) == "deepspeed.zero_pp.quantized_gradients"
 
 
 def test_slurm_settings_are_kept_unread(tmp_path):

@@ -166,6 +166,31 @@ def test_how_many_tokens_a_picture_takes_is_known_before_it_is_decoded(scorer, d
     assert min(known.values()) > scorer.images.tokens, "a global view and tiles"
 
 
+def test_the_figures_of_a_split_are_those_of_its_pictures_asked_one_by_one(scorer, demo, tmp_path):
+    folder = demo.copy("heldout/unseen_picture/test", tmp_path / "split")
+    items = json.loads((folder / "candidates.json").read_text())["items"][:12]
+    (folder / "candidates.json").write_text(json.dumps({"items": items}))
+    pictures = HeldOut(scorer._open("x", folder), scorer.tokenizer, scorer.images).pictures()
+
+    def scores(key: str | None, *captions: str) -> list[tuple[float, int]]:
+        asked = [scorer.score([scorer._segment(caption, pictures.get(key))]) for caption in captions]
+        return [(float(s.nll[0]), int(s.tokens[0])) for s in asked]
+
+    def mean(key: str | None) -> float:
+        found = [scores(item.get(key), item["caption"])[0] for item in items]
+        return sum(nll for nll, _ in found) / sum(tokens for _, tokens in found)
+
+    found = scorer.split("x", folder)
+    assert found["pictures"] == 12
+    assert (found["nll_right"], found["nll_wrong"], found["nll_blind"]) == pytest.approx([mean("key"), mean("wrong_image"), mean(None)])
+    likeliest = [item["candidates"][int(np.argmin([nll for nll, _ in scores(item["key"], *item["candidates"])]))] for item in items]
+    assert found["retrieval_of_10"] == np.mean([words == item["caption"] for words, item in zip(likeliest, items, strict=True)])
+    (folder / "candidates.json").write_text(
+        json.dumps({"items": [{**i, "answer": i["candidates"].index(w), "caption": w} for i, w in zip(items, likeliest, strict=True)]})
+    )
+    assert scorer.split("x", folder)["retrieval_of_10"] == 1.0, "where what the model prefers is right"
+
+
 def test_held_out_data_of_another_tokenizer_or_without_its_pictures_is_refused(scorer, demo, tmp_path):
     folder = demo.copy("heldout/unseen_picture/test", tmp_path / "split")
     item = {"key": "gone", "wrong_image": "gone", "caption": "a", "candidates": ["a"], "answer": 0}

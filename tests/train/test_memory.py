@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 from batches import IMAGE_SIZE, IMAGE_TOKENS, batch_of, image, mixed_segments, text, tiny_config, tiny_model
-from memory_worker import COURSES
+from memory_worker import COURSES, storages
 from stages import run_ranks
 from train_worker import build
 
@@ -90,7 +90,8 @@ def test_two_hundred_batches_of_changing_shape_leave_resident_memory_where_it_wa
 
     for _ in range(60):
         step()
-    before = psutil.Process().memory_info().rss
+    before, living = psutil.Process().memory_info().rss, len(storages())
     for _ in range(200):
         step()
     assert (psutil.Process().memory_info().rss - before) / 2**20 < GROWTH_MIB
+    assert len(storages()) == living, "no tensor of a batch lives on"

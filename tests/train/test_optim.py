@@ -45,6 +45,17 @@ def test_norms_biases_and_position_tables_never_decay():
             assert group.weight_decay == (0.3 if plain else 0.0), name
 
 
+def test_adamw_has_the_betas_the_epsilon_and_of_each_group_the_decay_that_the_config_says():
+    model = tiny_model()
+    settings = config(GroupRule("plora", weight_decay=0.7), GroupRule(".*"), weight_decay=0.3, betas=[0.8, 0.85], eps=1e-5)
+    trained, _ = resolve(model, settings)
+    decays = {parameter: group["weight_decay"] for group in adamw(trained, model, settings).param_groups for parameter in group["params"]}
+    assert decays == {model.get_parameter(name): group.weight_decay for group in trained for name in group.names}
+    assert set(decays.values()) == {0.0, 0.3, 0.7}
+    for group in adamw(trained, model, settings).param_groups:
+        assert (group["betas"], group["eps"]) == ((0.8, 0.85), 1e-5)
+
+
 def test_what_features_are_standardised_by_never_trains_whatever_the_rules_say():
     settings = tiny_config()
     settings.projector.standardise = True

@@ -18,7 +18,7 @@ from stages import Life, Stage, live_together, make_stage
 
 from data_pipeline import jsonl
 from data_pipeline.batch import PackedBatch
-from data_pipeline.errors import EXIT_USER, UserError
+from data_pipeline.errors import EXIT_TRY_AGAIN, EXIT_USER, UserError
 from data_pipeline.inspect.history import find_step
 from data_pipeline.part import fingerprint, part_of
 from slurm.config import SlurmConfig
@@ -136,7 +136,7 @@ def test_the_planned_activations_of_a_part_are_what_autograd_keeps(shared, name)
 @pytest.fixture(scope="module")
 def runs(demo: Any, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stage]:
     """6 steps: `one` rank under ZeRO-2; `two` that share packs; `again` and `apart`, their second half anew, the latter without sharing;
-    and the first two of `two` under ZeRO-3.
+    the first two of `two` under ZeRO-3; and `torn`, where one of two reads another third step.
     """
     folder = tmp_path_factory.mktemp("shared_packs")
     sections: dict[str, dict[str, Any]] = {
@@ -151,14 +151,14 @@ def runs(demo: Any, environment: dict[str, str], tmp_path_factory: pytest.TempPa
         "deepspeed": {"stage": 2},
         "evaluate": {"text": str(demo.source("heldout/text"))},
     }
-    made = {name: make_stage(demo, environment, folder / name, sections) for name in ("one", "two", "zero-3", "again", "apart")}
+    made = {name: make_stage(demo, environment, folder / name, sections) for name in ("one", "two", "zero-3", "again", "apart", "torn")}
     shares, validates = "parallel.sequence=2", "evaluate.every=3"
     live_together([Life(made["one"], (validates,))], world=1)
     live_together([Life(made["two"], (shares, validates)), Life(made["zero-3"], (shares, "deepspeed.stage=3", "train.steps=2"))])
     for name in ("again", "apart"):
         shutil.copytree(made["two"].run.path, made[name].run.path)
         made[name].forget_after(3)
-    live_together([Life(made["again"], (shares,)), Life(made["apart"])])
+    live_together([Life(made["again"], (shares,)), Life(made["apart"]), Life(made["torn"], (shares,), reads_otherwise={1: 3})])
     return made
 
 
@@ -200,6 +200,12 @@ def test_ranks_of_a_group_that_read_different_samples_are_noticed_and_other_grou
     assert one != another
     assert doubt([one, one, another, another]) == 0
     assert doubt([one, one, one, another]) != 0
+
+
+def test_a_step_that_ranks_of_a_group_read_differently_is_not_trained(runs):
+    said = runs["torn"].run.read_outcome()
+    assert (said["code"], list(runs["torn"].losses())) == (EXIT_TRY_AGAIN, [1, 2])
+    assert "read step 3 differently" in said["reason"]
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,14 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from data_pipeline import jsonl
 from data_pipeline.errors import EXIT_DONE
-from train import configure
-from train.loop import _lived_s
+from data_pipeline.opened import open_data
+from data_pipeline.plan.plan import Cursor
+from train import checkpoint, configure
+from train.loop import Counts, _lived_s
 from train.ranks import Ranks
 from train.run_dir import RunDir
 from train.tracking.captions import Caption
+from train.tracking.figures import Figures
 from train.tracking.meter import Meter, Own
 from train.tracking.stopwatch import Laps
 from train.tracking.trackers import Trackers, Wandb
@@ -59,8 +62,7 @@ def test_every_line_says_how_fast_how_full_how_far_and_how_evenly(whole):
         tokens += line["data/fill"] * 4 * 128
         images += line["throughput/images_per_s"] * line["throughput/step_s"]
         assert (line["data/tokens"], line["data/images"]) == pytest.approx((tokens, images))
-        parts = sum(line[f"throughput/{part}_s"] for part in ("data", "forward", "backward", "optimizer"))
-        assert parts > 0
+        assert all(line[f"throughput/{part}_s"] > 0 for part in ("data", "forward", "backward", "optimizer"))
         assert line["health/forward_max_over_mean"] >= 0.999
         assert 1 <= line["health/image_tokens_max_over_mean"] <= 2
         assert line["health/slowest_rank"] in (0, 1)
@@ -113,6 +115,24 @@ def test_of_several_nodes_each_has_the_mean_of_its_ranks_at_every_flush(alone):
     by_node = {name: value for name, value in last.items() if name.startswith("health/forward_s_by_node/")}
     assert by_node == {"health/forward_s_by_node/node1": 0.0, "health/forward_s_by_node/node2": 1.0}, "this rank's half; others add theirs"
     assert not first.keys() & by_node.keys()
+    assert last["health/slowest_rank"] == 2
+
+
+def test_tokens_and_images_are_those_of_the_plan_without_padding(whole):
+    config = configure.read_resolved(whole.run.path)
+    packs = open_data(config.data, config.run.seed, config.train.steps).plan.global_batch(Cursor(0, 0))
+    first = jsonl.read(whole.run.metrics)[0]
+    assert first["data/tokens"] == (packs.pieces.tokens.astype(int) - ~packs.pieces.last).sum(), "a piece without an end has no end token"
+    assert first["data/images"] == packs.pieces.images.sum() > 0
+
+
+def test_goodput_counts_the_lives_before(whole):
+    config = configure.read_resolved(whole.run.path)
+    data = open_data(config.data, config.run.seed, config.train.steps)
+    state = checkpoint.read_state(max(whole.run.checkpoints.glob("step-*")))
+    figures = Figures(config, data, {}, lived_s=1e6)
+    line = figures.of_step(Counts(*[1] * len(Counts._fields)), state, 1.0, 0.0, 0.0, 0.0, (0, 0))
+    assert line["health/goodput"] == pytest.approx(state.totals["step_ms"] / 1e9, rel=1e-3)
 
 
 def test_lives_count_from_the_start_of_their_processes_and_without_an_end_until_their_last_step(tmp_path):

@@ -160,12 +160,16 @@ def test_what_was_dropped_and_which_packs_were_empty_is_in_the_table(run, xc_dat
     assert "train-00000" in dropped
     assert "dropped: bytes changed since they were indexed" in (tmp_path / "page.html").read_text()
     rows = [line.split() for line in printed.out.splitlines()]
-    places = {(int(r[0]), int(r[1])) for r in rows if len(r) > 10 and r[0].isdecimal()}
-    assert places <= {(rank, micro) for rank in range(WORLD) for micro in range(4)}
-    assert xc_data("replay", run.path, "--step", 1, "--rank", 1) == 0
-    of_rank = capsys.readouterr().out
-    assert "bytes changed" in of_rank or "bytes changed" in printed.out
-    assert {r[0] for line in of_rank.splitlines() if len(r := line.split()) > 10 and r[0].isdecimal()} == {"1"}
+    full = {(int(r[0]), int(r[1])) for r in rows if len(r) > 10 and r[0].isdecimal()}
+    empty = {(int(r[0]), int(r[1])) for r in rows if r[-2:] == ["empty", "pack"]}
+    built = {(micro.rank, micro.micro): micro.packs for micro, _ in open_step(run.path, 1).build(range(WORLD), pictures=False)}
+    assert len(built) == WORLD * 4
+    assert full == {place for place, packs in built.items() if packs} and empty == built.keys() - full and empty
+    for rank in range(WORLD):
+        assert xc_data("replay", run.path, "--step", 1, "--rank", rank) == 0
+        of_rank = capsys.readouterr().out
+        assert ("bytes changed" in of_rank) == (dropped.split()[0] == str(rank))
+        assert {r[0] for line in of_rank.splitlines() if len(r := line.split()) > 10 and r[0].isdecimal()} == {str(rank)}
 
 
 @pytest.mark.parametrize("width", [400, 1300])

@@ -14,7 +14,7 @@ import pytest
 
 from data_pipeline.errors import EXIT_TRY_AGAIN
 from train.config import WatchdogConfig
-from train.launch import MUTE_S, Pulse
+from train.launch import MUTE_S, Pulse, _watch
 from train.run_dir import RunDir, write_json
 from train.watchdog import TICK_S, Silence, Watchdog
 
@@ -186,3 +186,12 @@ def test_a_heartbeat_that_stands_still_longer_than_any_limit_is_seen_from_outsid
     ticks += 2
     assert pulse.silent_s() == MUTE_S + 21
     assert not for_ever.silent_s(), "0 = for ever"
+
+
+def test_ranks_of_which_none_answers_are_ended_from_outside(run, monkeypatch):
+    monkeypatch.setattr(Pulse, "silent_s", lambda pulse: 99.0)
+    rank = subprocess.Popen(["sleep", "100"], start_new_session=True)
+    _watch([rank], run, WatchdogConfig())
+    assert rank.returncode
+    said = run.read_outcome()
+    assert said["code"] == EXIT_TRY_AGAIN and "rank 0 does not answer at all, since 99 s" in said["reason"]
