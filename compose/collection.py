@@ -24,10 +24,9 @@ from compose import embed
 from compose.pictures import EXTENSIONS, Picture
 from data_pipeline.errors import UserError
 from data_pipeline.read.images import decode
-from data_pipeline.read.storage import ShardReader
-from data_pipeline.samples import BadSample, ImageElement, Kind, TextElement, image_size, parse
+from data_pipeline.read.storage import ShardReader, elements_of
+from data_pipeline.samples import BadSample, ImageElement, Kind, TextElement, image_size
 from data_pipeline.shards.source import ShardSource
-from data_pipeline.shards.tar import read_members
 from train.run_dir import write_json
 
 if TYPE_CHECKING:
@@ -207,7 +206,7 @@ class Collection:
             if source.facts.digest != self._index:
                 raise UserError(f"{self._folder.absolute()}: {entry.place} was indexed anew since, with other rows (build it anew)")
             self._sources[entry.place] = source
-        elements = parse(Kind.pair, read_members(self._reader.read(self._sources[entry.place].locate(entry.row))))
+        elements = elements_of(Kind.pair, self._reader.read(self._sources[entry.place].locate(entry.row)))
         return next(e.data for e in elements if isinstance(e, ImageElement))
 
 
@@ -256,10 +255,9 @@ def _of_source(source: ShardSource, folder: Path, damaged: list[str]) -> Iterato
     if source.kind is not Kind.pair:
         raise UserError(f"{folder.absolute()} is a source of kind {source.kind.value}, whose pictures have no captions (give one of pairs)")
     reader = ShardReader()
-    names = iter(source.keys())
-    for row, name in enumerate(names):
+    for row, name in enumerate(source.keys()):
         try:
-            elements = parse(Kind.pair, read_members(reader.read(source.locate(row))))
+            elements = elements_of(Kind.pair, reader.read(source.locate(row)))
         except BadSample:
             damaged.append(name)
             continue

@@ -7,8 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from compose.article import Article, Step
 from compose.pictures import Picture, data_uri
 from compose.prompts import OPTIONS
@@ -90,11 +88,10 @@ def as_record(article: Article, facts: dict[str, Any]) -> dict[str, Any]:
 
 def render(article: Article, facts: dict[str, Any]) -> str:
     """The page."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("compose", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
     figures = {i: {"src": data_uri(p, SIDE), "caption": words, "name": p.name} for i, (p, words) in article.pictures.items()}
-    return environment.get_template("article.html").render(
+    return page.render(
+        "article.html",
+        "compose",
         article=article,
         figures=figures,
         facts=facts,

@@ -22,10 +22,9 @@ from compose.pictures import Picture
 from compose.prompts import Placed
 from data_pipeline.errors import UserError
 from data_pipeline.read.images import decode
-from data_pipeline.read.storage import ShardReader
-from data_pipeline.samples import BadSample, Element, ImageElement, Kind, TextElement, parse
+from data_pipeline.read.storage import ShardReader, elements_of
+from data_pipeline.samples import BadSample, Element, ImageElement, Kind, TextElement
 from data_pipeline.shards.source import ShardSource
-from data_pipeline.shards.tar import read_members
 from train.evaluate import Scorer
 
 LINES = 24
@@ -110,7 +109,7 @@ def read(folder: Path) -> list[Page]:
     pages = []
     for row in map(int, rows):
         try:
-            page = _page(source.key(row), parse(source.kind, read_members(reader.read(source.locate(row)))))
+            page = _page(source.key(row), elements_of(source.kind, reader.read(source.locate(row))))
             for picture in (picture for behind in page.figures.values() for picture in behind):
                 decode(picture.data)
         except BadSample as bad:

@@ -42,9 +42,6 @@ class Placed(NamedTuple):
     pictures: Sequence[tuple[Picture, str]] = ()
 
 
-# 1: write
-
-
 def write(instruction: str, references: Sequence[Picture]) -> Parts:
     """Asks for the article; reference pictures come first."""
     words = f"{instruction}\nWrite this as an article: its title on the first line, then one paragraph a line, without lists or headings."
@@ -99,9 +96,6 @@ def _short(text: str) -> str:
     return " ".join(words[:TITLE_WORDS]) + (" …" if len(words) > TITLE_WORDS else "")
 
 
-# 2: choose lines
-
-
 def choose_lines(lines: Sequence[str], most: int, words: int | None = None) -> Parts:
     """Asks after which lines a picture belongs; of each line `words` words are shown, all by default."""
     shown = [" ".join(line.split()[:words]) for line in lines]
@@ -127,9 +121,6 @@ def spread(count: int, most: int) -> list[int]:
     return [(2 * i + 1) * count // (2 * most) for i in range(most)]
 
 
-# 3: caption
-
-
 def caption(title: str, before: Sequence[Placed]) -> Parts:
     """Asks for the caption of a picture that follows the last line of `before`."""
     shown = [part for placed in before for part in (placed.line, *(f"[picture: {words}]" for _, words in placed.pictures))]
@@ -145,9 +136,6 @@ def read_caption(answer: str, line: str) -> Read:
     if lines and lines[0]:
         return Read(lines[0][:CAPTION_CHARACTERS], "more than one short line; took the beginning of the first")
     return Read(line[:CAPTION_CHARACTERS], "nothing was written; took the line before it")
-
-
-# 5: choose
 
 
 def choose(title: str, before: Sequence[Placed], words: str, candidates: Sequence[Picture]) -> Parts:

@@ -65,11 +65,6 @@ class PackedBatch:
     shared_by: int = 1
     """Ranks that hold a part of these tokens each; above 1 this is one of the parts (data_pipeline/part.py)."""
 
-    @property
-    def max_seqlen(self) -> int:
-        """Length of the longest segment."""
-        return max(self.segment_lengths)
-
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "PackedBatch":
         """The same batch with its tensors on `device`."""
         moved = {k: v.to(device, non_blocking=non_blocking) for k, v in self.tensors().items()}
@@ -80,18 +75,8 @@ class PackedBatch:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         return {k: v for k, v in values.items() if isinstance(v, Tensor)}
 
-    def __getstate__(self) -> dict[str, Any]:
-        """As it travels from a worker: torch gives every tensor a file of shared memory, which costs more than the words do in a pipe.
-
-        A worker hands its images over by themselves (data_pipeline/read/slots.py).
-        """
-        return {k: v.numpy() if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in state.items()})
-
     def pin_memory(self) -> "PackedBatch":
-        """The same batch in page-locked memory; torch's DataLoader calls this."""
+        """The same batch in page-locked memory."""
         return replace(self, **{k: v.pin_memory() for k, v in self.tensors().items()})
 
 

@@ -156,4 +156,4 @@ def as_plain(config: Any) -> dict[str, Any]:
     """A dataclass config as nested dictionaries of plain values, for digests and files."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)  # type: ignore[return-value]
+    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)  # type: ignore[return-value]

@@ -50,10 +50,10 @@ def array(command: Sequence[str], tasks: int, options: Sequence[str], logs: Path
         print(f"sbatch would take it: {said}", file=sys.stderr)
         return EXIT_DONE
     logs.mkdir(parents=True, exist_ok=True)
-    job = client.submit_text(script)
+    job = client.submit(script)
     print(f"submitted job {job}: {tasks} tasks of {shlex.join(command)}; logs in {logs}")
     if command[1] == "index":
-        merge = client.submit_text(render_merge(command, options, logs), after=job)
+        merge = client.submit(render_merge(command, options, logs), after=job)
         print(f"submitted job {merge}: xc-data merge, once every task has succeeded")
     print(f"next: squeue --job {job}; submit the same again if a task failed: what is whole is passed over")
     return EXIT_DONE

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 from data_pipeline.errors import UserError
 
@@ -82,25 +83,14 @@ def test_only(script: str) -> str:
     return said
 
 
-def submit(script: str, after: str | None = None) -> str:
-    """Hands a script file to sbatch; returns the job's id. `after` names a job that must have finished well, or this one is cancelled.
+def submit(script: str | Path, after: str | None = None) -> str:
+    """Hands a script, its file or its text, to sbatch; returns the job's id. `after` names a job that must have finished well, or this one
+    is cancelled.
 
     Raises:
         UserError: sbatch refused.
     """
-    return _submit(after, script, stdin=None)
-
-
-def submit_text(script: str, after: str | None = None) -> str:
-    """As `submit`, for a script that lies in no file.
-
-    Raises:
-        UserError: sbatch refused.
-    """
-    return _submit(after, stdin=script)
-
-
-def _submit(after: str | None, *file: str, stdin: str | None) -> str:
+    file, stdin = ((str(script),), None) if isinstance(script, Path) else ((), script)
     waits = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
     result = run("sbatch", "--parsable", *waits, *file, stdin=stdin)
     if result.returncode:

@@ -25,7 +25,6 @@ from data_pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_NEEDS_PERSON, EXIT_
 from slurm import config as slurm_config
 from slurm.config import SlurmConfig
 from slurm.job_dir import JobDir, newest_checkpoint
-from train.run_dir import read_json
 
 EXIT_NO_PROGRESS = 71
 """The job stopped: life after life ended without a new checkpoint."""
@@ -91,7 +90,7 @@ def end(job_dir: JobDir, settings: SlurmConfig, job: str, code: int, by_slurm: b
         outcome = {"code": EXIT_DONE, "reason": "done", "step": newest}
     else:
         outcome = run.read_outcome() or _unsaid(code, run.logs)
-        outcome.setdefault("step", int((read_json(run.heartbeat) or {}).get("step", 0)))
+        outcome.setdefault("step", run.last_step())
         if outcome["code"] == EXIT_DONE:  # a rank that says done has written final weights
             outcome = {**outcome, "code": EXIT_CRASH, "reason": "ranks ended before the final weights were written"}
     attempts = of_job(jsonl.read(job_dir.attempts), job)

@@ -111,7 +111,7 @@ def _hand_over(stage: Planned, after: str | None = None) -> str:
     """Freezes and submits a stage; returns its job."""
     stage.job_dir.freeze(configure.to_yaml(stage.config), stage.script)
     stage.job_dir.run.stop_file.unlink(missing_ok=True)
-    job = client.submit(str(stage.job_dir.script), after)
+    job = client.submit(stage.job_dir.script, after)
     stage.job_dir.write_job(job)
     waits = f", once job {after} has finished" if after else ""
     print(f"submitted job {job}: {stage.config.run.name}, {stage.settings.nodes} nodes, {stage.settings.world} ranks{waits}")

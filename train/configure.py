@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 
 from data_pipeline import configure
-from data_pipeline.config import Change, ImageRule, MixUnit
+from data_pipeline.config import Change, ImageRule, MixUnit, as_plain
 from data_pipeline.errors import UserError
 from train.config import Attention, Config, DeepSpeedConfig, GuardThen, OffloadTo, Precision, Schedule
 
@@ -35,11 +35,6 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def to_yaml(config: Config) -> str:
     """The resolved config: alone enough to repeat the run."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def as_dict(config: Config) -> dict[str, Any]:
-    """The resolved config as plain values, for dashboards."""
-    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)  # type: ignore[return-value]
 
 
 def read_resolved(run_dir: Path) -> Config:
@@ -93,7 +88,7 @@ def shaping_difference(ours: Config, theirs: Config) -> str | None:
 
     So may the mix where `data.change` of `ours` says how to go on with another one.
     """
-    a, b = as_dict(ours), as_dict(theirs)
+    a, b = as_plain(ours), as_plain(theirs)
     passed = CADENCE if ours.data.change is Change.refuse else CADENCE + MIX
     for path in ("run.stage", "run.seed", "run.init_from", "data", "model", "train", "deepspeed.extra", *QUANTIZED):
         found = _difference(_at(a, path), _at(b, path), path, passed)

@@ -173,7 +173,7 @@ class _Walk:
         self._flows |= decoder.tok_embeddings.weight.requires_grad
         for i, layer in enumerate(decoder.layers):
             found += self._decoder_layer(layer, is_recomputed(self._checkpointing, i))
-        self._flows |= _trained(decoder.norm)
+        self._flows |= trained(decoder.norm)
         found.append(self._product("head", "target", model.head.weight.numel(), model.head.weight.requires_grad, self._flows, "none"))
         return found
 
@@ -185,16 +185,16 @@ class _Walk:
                 if name == "attn.qkv":
                     found.append(self._attention("image", tokens**2 * module.out_features // 3, mode))
             elif not list(module.children()):
-                self._flows |= _trained(module)
+                self._flows |= trained(module)
         return found if self._flows else [p._replace(recomputed=0) for p in found]
 
     def _decoder_layer(self, layer: nn.Module, mode: str) -> list[Product]:
         attention, ffn = layer.attention, layer.feed_forward
-        self._flows |= _trained(layer.attention_norm)
+        self._flows |= trained(layer.attention_norm)
         found = self._plora(attention.wqkv, mode)
         found.append(self._attention("pair", attention.wo.weight.shape[1], mode))
         found += self._plora(attention.wo, mode)
-        self._flows |= _trained(layer.ffn_norm)
+        self._flows |= trained(layer.ffn_norm)
         flows = self._flows
         found += self._plora(ffn.w1, mode)
         after, self._flows = self._flows, flows  # w1 and w3 read the same input
@@ -213,12 +213,12 @@ class _Walk:
                 self._product("plora", unit, a.numel(), a.requires_grad, self._flows, mode),
                 self._product("plora", unit, b.numel(), b.requires_grad, low_rank_flows, mode),
             ]
-        self._flows |= _trained(linear)
+        self._flows |= trained(linear)
         return found
 
     def _linear(self, part: str, unit: str, linear: nn.Linear, times: int, mode: str) -> Product:
         found = self._product(part, unit, times * linear.weight.numel(), linear.weight.requires_grad, self._flows, mode)
-        self._flows |= _trained(linear)
+        self._flows |= trained(linear)
         return found
 
     def _product(self, part: str, unit: str, size: int, weight: bool, inputs: bool, mode: str) -> Product:
@@ -232,5 +232,6 @@ class _Walk:
         return Product("attention", unit, 4 * size, 8 * size if self._flows else 0, 4 * size if mode == "full" else 0)
 
 
-def _trained(module: nn.Module) -> bool:
+def trained(module: nn.Module) -> bool:
+    """Whether any of its parameters is."""
     return any(p.requires_grad for p in module.parameters())

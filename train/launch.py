@@ -49,7 +49,7 @@ def _live(config: Config, run: RunDir, procs: int) -> tuple[dict[str, Any], bool
     outcome = run.read_outcome()
     with suppress(OSError):  # a full disk must not hide why the run ended
         if outcome is None:
-            step = int((read_json(run.heartbeat) or {}).get("step", 0))
+            step = run.last_step()
             reason = f"a rank was killed (see {run.logs})"
             if code == EXIT_USER:  # nobody could say why
                 reason = f"cannot write in {run.path} (free space, or make it writable; the same command goes on)"
@@ -130,7 +130,7 @@ def _watch(ranks: list[subprocess.Popen[bytes]], run: RunDir, limits: WatchdogCo
                 _show_stacks(ranks)
                 time.sleep(1)
                 reason = f"rank 0 does not answer at all, since {silent:.0f} s (see {run.logs}/stacks-rank-*.txt; the same command goes on)"
-                run.write_outcome(EXIT_TRY_AGAIN, reason, int((read_json(run.heartbeat) or {}).get("step", 0)))
+                run.write_outcome(EXIT_TRY_AGAIN, reason, run.last_step())
                 break
             if failed_at is not None and (time.monotonic() - failed_at > GRACE_S or any(c is not None and c < 0 for c in codes)):
                 break

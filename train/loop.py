@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from data_pipeline.config import Change
+from data_pipeline.config import Change, as_plain
 from data_pipeline.errors import EXIT_DONE, EXIT_NEEDS_PERSON, EXIT_TRY_AGAIN, TryAgainError
 from data_pipeline.loader import Loader, StepData
 from data_pipeline.opened import Data, open_data
@@ -117,9 +117,7 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
             cost=asdict(cost_model(config)),
             went_back_to=state.guard.get(WENT_BACK_TO),
         )
-        reporter.begin(
-            life, state.step, configure.as_dict(config), [optim.table(built.trained, built.frozen, config.train.lr), about, *change]
-        )
+        reporter.begin(life, state.step, as_plain(config), [optim.table(built.trained, built.frozen, config.train.lr), about, *change])
 
     with_images = any(source.kind is not Kind.text for source in data.sources)
     heaviest = part_of(heaviest_batch(config.data, with_images), group.rank, group.size, config.data.images.tokens)

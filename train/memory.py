@@ -3,7 +3,6 @@
 Invariant: everything is computed from shapes and `requires_grad`, so that a model on the meta device will do.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -14,7 +13,7 @@ from data_pipeline.batch import PackedBatch
 from data_pipeline.errors import UserError
 from data_pipeline.part import part_of
 from train.config import Checkpointing, Config, OffloadTo
-from train.flops import Shape
+from train.flops import Shape, trained
 from train.model.decoder import CHUNK_LOGITS, Layer
 from train.model.recompute import is_recomputed
 from train.model.xcomposer2 import XComposer2
@@ -117,8 +116,8 @@ def states(model: nn.Module, config: Config, world: int, dtype: torch.dtype) -> 
 def activations(model: XComposer2, shape: Shape, checkpointing: Checkpointing, dtype: torch.dtype) -> int:
     """Bytes kept for the backward pass of a micro-batch under a fused attention kernel, and the peak of its largest block."""
     size = dtype.itemsize
-    vision_flows = _trained([model.vision])
-    decoder_flows = vision_flows or _trained([model.projector, model.decoder])
+    vision_flows = trained(model.vision)
+    decoder_flows = vision_flows or trained(model.projector) or trained(model.decoder)
     kept, largest = 0, 0
     for blocks, flows, cost in (
         (model.vision.vit.blocks, vision_flows, lambda block, mode: _vision_block(model, block, shape, mode)),
@@ -131,7 +130,7 @@ def activations(model: XComposer2, shape: Shape, checkpointing: Checkpointing, d
                 largest = max(largest, cost(block, "none") - cost(block, mode))
     hidden = model.decoder.norm.weight.shape[0]
     linear_in, linear_out = model.projector.linear_in.weight, model.projector.linear_out.weight
-    if vision_flows or _trained([model.projector]):
+    if vision_flows or trained(model.projector):
         kept += shape.image_tokens * (linear_in.shape[1] + linear_in.shape[0] + linear_out.shape[1])
     kept += shape.tokens * hidden * 2 + shape.targets * hidden
     vocab = model.head.weight.shape[0]
@@ -183,10 +182,6 @@ def _gathered_together(model: nn.Module) -> list[nn.Module]:
     if not isinstance(model, XComposer2):
         return [model]
     return [*model.vision.vit.blocks, *model.decoder.layers, model.decoder.tok_embeddings, model.head, model.projector]
-
-
-def _trained(modules: Iterable[nn.Module]) -> bool:
-    return any(p.requires_grad for module in modules for p in module.parameters())
 
 
 def _zero_extra(config: Config) -> dict[str, Any]:

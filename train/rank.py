@@ -17,7 +17,7 @@ from data_pipeline.errors import EXIT_CRASH, EXIT_USER, TryAgainError, UserError
 from data_pipeline.processes import end_with_parent, keep_freed_memory, open_many_files
 from train import configure
 from train.launch import own
-from train.run_dir import RunDir, read_json
+from train.run_dir import RunDir
 from train.signals import leave_when_asked
 from train.watchdog import Watchdog
 
@@ -104,7 +104,7 @@ def run_rank(run_dir: Path) -> int:
     # The first rank to fail knows why; the others only see it gone. One whose node was frozen may wake up in a later life: not its own.
     if not run.outcome.exists() and run.life() <= lives_before + 1:
         with suppress(OSError):
-            run.write_outcome(code, reason, _last_step(run))
+            run.write_outcome(code, reason, run.last_step())
     print(f"error: {reason}", file=sys.stderr, flush=True)
     # Other ranks may wait in a collective that this one will never join: leave at once, the launcher ends them.
     os._exit(code)
@@ -131,10 +131,6 @@ def _redirect_output(run: RunDir, rank: int) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     return terminal
-
-
-def _last_step(run: RunDir) -> int:
-    return int((read_json(run.heartbeat) or {}).get("step", 0))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,6 @@ class Ranks:
 
     rank: int
     world: int
-    local_rank: int
     control: dist.ProcessGroup | None
     """gloo group for small host-side agreements."""
     background: dist.ProcessGroup | None = None
@@ -98,10 +97,10 @@ def join(backend: str) -> Ranks:
     """Joins the process group that the environment describes."""
     import deepspeed
 
-    rank, world, local_rank = from_environment()
+    rank, world, _ = from_environment()
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT, auto_mpi_discovery=False, verbose=False)
-    ranks = Ranks(rank, world, local_rank, *(dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2)))
+    ranks = Ranks(rank, world, *(dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2)))
     ranks.barrier()
     _unname_shared_memory(rank)
     return ranks

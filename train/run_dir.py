@@ -124,6 +124,10 @@ class RunDir:
             ends = {**last, **ends}
         return sum(max(0.0, ends.get(life, start) - start) for life, start in starts.items())
 
+    def last_step(self) -> int:
+        """The step of the heartbeat."""
+        return int((read_json(self.heartbeat) or {}).get("step", 0))
+
     def beat(self, step: int, phase: str) -> None:
         """Says that rank 0 is alive and where it is."""
         write_json(self.heartbeat, {"step": step, "phase": phase, "time": time.time()})

@@ -17,10 +17,10 @@ from data_pipeline.inspect.patterns import patterns
 from data_pipeline.opened import Data
 
 
-def render(template: str, **values: Any) -> str:
-    """A page of this folder."""
+def render(template: str, package: str = "data_pipeline.inspect", **values: Any) -> str:
+    """A page whose template lies in a package."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("data_pipeline.inspect", "."),
+        loader=jinja2.PackageLoader(package, "."),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -3,7 +3,6 @@
 Invariant: a piece gives the same segment on every worker, rank and life, or is dropped everywhere for the same reason.
 """
 
-import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -16,10 +15,9 @@ from data_pipeline.config import ImageConfig
 from data_pipeline.plan.split import Pieces
 from data_pipeline.read.images import Picture, image_tokens, load
 from data_pipeline.read.ledger import BadEntry
-from data_pipeline.read.storage import ShardReader
-from data_pipeline.samples import BadSample, Element, ImageElement, parse
+from data_pipeline.read.storage import ShardReader, elements_of
+from data_pipeline.samples import BadSample, Element, ImageElement
 from data_pipeline.shards.source import ShardSource
-from data_pipeline.shards.tar import read_members
 from data_pipeline.text.templates import Bounds, Rendered, render
 from data_pipeline.text.tokenizer import Tokenizer
 
@@ -107,7 +105,7 @@ class Materialiser:
         Raises:
             BadSample: its bytes cannot be used.
         """
-        return self._parse(source, self.reader.read(self.sources[source].locate(row)))
+        return elements_of(self.sources[source].kind, self.reader.read(self.sources[source].locate(row)))
 
     def entry(self, source: int, row: int, reason: str) -> BadEntry:
         """A sample as the ledger names it."""
@@ -120,13 +118,6 @@ class Materialiser:
         named = [(numbers[entry.source], entry) for entry in entries if entry.source in numbers]
         rows = {(number, self.sources[number].row_at(entry.shard, entry.offset)): entry.reason for number, entry in named}
         return {(number, row): reason for (number, row), reason in rows.items() if row is not None}
-
-    def _parse(self, source: int, data: bytes) -> list[Element]:
-        try:
-            members = read_members(data)
-        except tarfile.TarError as error:
-            raise BadSample(f"unreadable tar: {error}") from None
-        return parse(self.sources[source].kind, members)
 
     def _read_all(self, pieces: Pieces, at: np.ndarray | None) -> list[_Read | BadEntry]:
         if at is not None:  # a worker that is killed while it waits for the store was killed by no sample
@@ -159,7 +150,7 @@ class Materialiser:
             raise BadSample(self._killers[place.source, place.row])
         if isinstance(data, BadSample):
             raise data
-        elements = self._parse(place.source, data)
+        elements = elements_of(self.sources[place.source].kind, data)
         bounds = Bounds(place.start_element, place.start_offset, place.end_element, place.end_offset, place.last)
         rendered = render(elements, bounds, self.tokenizer, self._image_tokens)
         counted = place.tokens - (0 if place.last else 1)

@@ -5,6 +5,7 @@ Invariant: a read returns exactly the bytes that were indexed, or raises. A shar
 """
 
 import os
+import tarfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +14,10 @@ from pathlib import Path
 from data_pipeline.errors import TryAgainError
 from data_pipeline.read.cache import RangeCache
 from data_pipeline.read.remote import OtherSizeError, RemotePath
-from data_pipeline.samples import BadSample
+from data_pipeline.samples import BadSample, Element, Kind, parse
 from data_pipeline.shards.index import sample_digest
 from data_pipeline.shards.source import Location
+from data_pipeline.shards.tar import read_members
 
 OPEN_SHARDS = 128
 """Shards that a worker keeps open."""
@@ -118,6 +120,19 @@ class ShardReader:
     def __del__(self) -> None:
         for descriptor, _ in getattr(self, "_open", {}).values():
             os.close(descriptor)
+
+
+def elements_of(kind: Kind, data: bytes) -> list[Element]:
+    """The parsed elements of a sample that was read.
+
+    Raises:
+        BadSample: its bytes cannot be used.
+    """
+    try:
+        members = read_members(data)
+    except tarfile.TarError as error:
+        raise BadSample(f"unreadable tar: {error}") from None
+    return parse(kind, members)
 
 
 def _is_indexed(data: bytes, location: Location) -> bool:

@@ -14,7 +14,6 @@ from data_pipeline.errors import TryAgainError
 from data_pipeline.read.paths import index_option
 from data_pipeline.read.storage import ShardReader
 from data_pipeline.samples import BadSample
-from data_pipeline.shards.index import read_index, sidecar_path
 from data_pipeline.shards.source import ShardSource
 
 
@@ -66,7 +65,7 @@ def verify_shard(shard: int, source: ShardSource, share: float) -> Verified:
         except TryAgainError as error:
             reason, lost = f"cannot be read, the rest of the shard was not checked: {error}", True
         if keys is None:
-            keys = read_index(sidecar_path(source.path / source.facts.shards[shard], source.index_dir), source.path).table["key"]
+            keys = source.shard_keys(shard)
         found.wrong.append(Mismatch(source.facts.shards[shard], keys[row - first].as_py(), at.offset, at.size, reason))
         if lost:
             break

@@ -44,9 +44,6 @@ def rank(*names: str) -> str:
     return hashlib.sha256("/".join(names).encode()).hexdigest()
 
 
-# Splits
-
-
 @dataclass(frozen=True)
 class Picture:
     """One drawing of a concept."""
@@ -133,9 +130,6 @@ def candidates(name: str, pictures: list[Picture]) -> list[dict]:
     return items
 
 
-# Samples
-
-
 def encode(image: Image.Image, format: str, **options: int | bool) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
@@ -193,9 +187,6 @@ def write_shards(pattern: Path, samples: Iterable[Sample], per_shard: int = 1_00
             writer.write({k: v if k == "__key__" or isinstance(v, bytes) else v.encode() for k, v in sample.items()})
 
 
-# Tokenizer
-
-
 def word_tokenizer(vocabulary: dict[str, int]) -> Tokenizer:
     """Lower-case words and single punctuation marks; adds no token of its own, and decodes to words joined by spaces."""
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL_TOKENS[0]))
@@ -223,9 +214,6 @@ def train_tokenizer(captions: Iterable[str], texts: Iterable[str], words_of: Tok
 def unknown_rate(texts: Iterable[str], tokenizer: Tokenizer) -> float:
     ids = [i for text in texts for i in tokenizer.encode(text).ids]
     return ids.count(0) / len(ids)
-
-
-# The demo
 
 
 def read_shards(pattern: Path) -> Iterator[Sample]:

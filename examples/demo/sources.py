@@ -99,9 +99,6 @@ class Document:
         return [element for element in self.elements if isinstance(element, str)]
 
 
-# Packages
-
-
 def fetch(package: Package, folder: Path) -> Path:
     """The archive in `folder`, downloaded if it is not there. Raises SystemExit when its bytes are not the pinned ones."""
     path = folder / package.archive
@@ -125,9 +122,6 @@ def read_members(archive: Path, prefix: str) -> dict[str, bytes]:
     with open_archive(archive) as tar:
         members = [member for member in tar if member.isfile() and member.name.startswith(prefix)]
         return {member.name.removeprefix(prefix): tar.extractfile(member).read() for member in members}
-
-
-# Text and pictures
 
 
 def plain_text(text: str) -> str:
@@ -157,9 +151,6 @@ def open_figure(data: bytes) -> Image.Image:
     corner = ((canvas.width - size[0]) // 2, (canvas.height - size[1]) // 2)
     canvas.paste(image.resize(size, Image.Resampling.LANCZOS), corner)
     return canvas
-
-
-# Emoji
 
 
 def code_of(name: str) -> str:

@@ -122,9 +122,6 @@ def _key(source: str, name: str) -> str:
     return f"{source}-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
-# Pairs
-
-
 def read_pairs(folder: Path) -> Iterator[Pair]:
     """All pairs of all packages, in a fixed order."""
     yield from _emoji(folder)
@@ -173,9 +170,6 @@ def _title(svg: bytes) -> str | None:
         return None
     words = re.sub(r" \d+$", "", plain_text(html.unescape(title[1]).replace("_", " ").replace("-", " ")).lower())
     return words if re.search(r"[a-z]{3}", words) and len(words) <= 80 and "converted from" not in words else None
-
-
-# Documents
 
 
 def read_documents(folder: Path) -> Iterator[Document]:

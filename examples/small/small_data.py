@@ -40,9 +40,6 @@ HELD_OUT_SOURCES = ("heldout/validation", "heldout/test", f"heldout/{ALIKE}", "h
 PER_SHARD = 1000
 
 
-# Splits
-
-
 def thumb(image: Image.Image) -> bytes:
     """The same for pictures that differ by scaling and encoding at most."""
     return hashlib.sha256(bytes(v >> 5 for v in image.convert("RGB").resize((6, 6), Image.Resampling.BOX).tobytes())).digest()
@@ -127,9 +124,6 @@ def far(caption: str, other: str) -> int:
     """0: of the same category, 1: of categories that begin alike (`animal bird`, `animal bug`), 2: otherwise."""
     of, other_of = category_of(caption), category_of(other)
     return 0 if of == other_of else 1 if of.split()[:1] == other_of.split()[:1] else 2
-
-
-# Samples
 
 
 _webp: dict[int, tuple[Image.Image, bytes]] = {}

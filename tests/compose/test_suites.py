@@ -59,9 +59,6 @@ def refused(capsys, *arguments: object) -> str:
     return error
 
 
-# choices
-
-
 def test_both_layouts_are_read_and_the_likeliest_letter_is_judged(assistant, run_dir, tmp_path, capsys):
     (tmp_path / "red.png").write_bytes(make_image())
     mmbench = {
@@ -158,9 +155,6 @@ def test_a_line_that_is_no_question_is_named(run_dir, tmp_path, capsys, change, 
     assert "line 2" in error or "gone.png" in error
 
 
-# captions and text
-
-
 def test_a_caption_finds_its_picture_among_those_of_its_candidates(demo, run_dir):
     opened = open_model(run_dir)
     scorer = Scorer(opened.model, opened.tokenizer, opened.config)
@@ -242,9 +236,6 @@ def test_what_a_model_cannot_be_asked_is_refused_before_its_weights_are_looked_f
     file.write_text(file.read_text().replace(" ", "  ", 1))
     said = refused(capsys, language, "--suite", "text", "--data", demo.source("heldout/text"), "--base", other)
     assert "has another tokenizer: losses a token cannot be compared" in said
-
-
-# composition
 
 
 class Knowing(Assistant):

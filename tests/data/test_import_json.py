@@ -132,9 +132,6 @@ def test_image_formats_that_shards_do_not_hold_become_png(tmp_path, images, xc_i
         assert Image.open(io.BytesIO(found[suffix])).convert("RGB").getpixel((4, 3)) == pytest.approx((255, 0, 0), abs=3)
 
 
-# A list is read as a stream
-
-
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64, 1 << 20])
 def test_a_list_is_the_same_list_whatever_is_read_at_once(tmp_path, monkeypatch, chunk):
     value = [{"n": i, "text": '\\"]},[{' * (i % 4), "deep": [[{}]] * i} for i in range(20)]
@@ -185,9 +182,6 @@ def test_no_bytes_at_all_make_reading_records_raise(tmp_path_factory, data):
     found = list(records(file))
     assert [row for row, _ in found] == list(range(len(found)))
     assert all(isinstance(record, (dict, BadSample)) for _, record in found)
-
-
-# What all layouts share
 
 
 def test_what_is_not_there_is_a_mistake(tmp_path, images, xc_import):

@@ -15,8 +15,6 @@ from tars import make_image, write_tar
 from data_pipeline.importers.xcomposer import mixture
 from data_pipeline.shards.index import read_index
 
-# The official fine-tuning format
-
 
 def official(tmp_path: Path) -> Path:
     """The official example in small: data.txt beside data/*.json, images relative to where the script starts."""
@@ -87,9 +85,6 @@ def test_files_of_one_name_stay_two_sources(tmp_path, xc_import):
     assert section["unit"] == "epochs"
     assert set(section["sources"]) == {"vl", "vl_2"}
     assert len(read_plain(tmp_path / "shards" / "vl_2")) == 3
-
-
-# Documents
 
 
 def url(i: int) -> str:
@@ -163,9 +158,6 @@ def test_mmc4_documents_have_each_image_before_its_sentence(tmp_path, demo, imag
     ]
     assert "left out: 1 x not a document" in out
     assert "left out: 1 x no image of the document is left" in out
-
-
-# img2dataset: in place
 
 
 def test_img2dataset_folders_are_indexed_in_place_without_their_side_files(tmp_path, demo, xc_import, xc_data):

@@ -68,9 +68,6 @@ def remote_config(demo, server: WebServer, **changes: object):
     return data_config(demo.root, sources=sources, read_stall=0.5, read_deadline=20, **changes)
 
 
-# Indexing in place
-
-
 def merged_digest(xc_data, demo, source: str, index_dir: Path) -> str:
     assert xc_data("index", source, "--tokenizer", demo.tokenizer, "--index-dir", index_dir) == 0
     assert xc_data("merge", source, "--index-dir", index_dir) == 0
@@ -157,9 +154,6 @@ def test_a_remote_source_needs_a_folder_for_its_index(demo, serve, shards, xc_da
         assert "--index-dir" in capsys.readouterr().err
     with pytest.raises(UserError, match="index_dir"):
         ShardSource("pairs", url)
-
-
-# Reading
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -283,9 +277,6 @@ def test_a_fork_of_a_reader_says_that_it_cannot_read(demo, serve, shards):
 
 def read_anew(source: ShardSource) -> None:
     ShardReader().read(source.locate(1))
-
-
-# The cache
 
 
 def cached_read(folder: Path, limit: int, source: ShardSource, rows: range) -> list[bytes]:

@@ -3,7 +3,6 @@
 Invariant: the browser has a fresh profile and dies with the test; every request that a page makes is noted.
 """
 
-import base64
 import json
 import os
 import shutil
@@ -58,10 +57,6 @@ class Page:
     def move_to(self, x: float, y: float) -> None:
         """Moves the pointer."""
         self._call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-
-    def screenshot(self, to: Path, whole: bool = False) -> None:
-        """A PNG of the window, or of the whole page."""
-        to.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]))
 
     def _call(self, method: str, **arguments: Any) -> dict[str, Any]:
         self._number += 1

@@ -61,9 +61,6 @@ def pair(key: str, image: tuple[str, bytes]) -> list[tuple[str, bytes]]:
     return [(f"{key}.{image[0]}", image[1]), (f"{key}.txt", f"a picture {key}".encode())]
 
 
-# PNG
-
-
 def png(width: int, height: int, data: bytes, *chunks: tuple[bytes, bytes], bits: int = 8, colour: int = 2, interlace: int = 0) -> bytes:
     """A PNG whose chunks have true checksums."""
     head = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, interlace)
@@ -143,9 +140,6 @@ def _png_frames(chance: random.Random) -> bytes:
     return png(1, 1, _DOT, (b"acTL", struct.pack(">II", count, 0)), *frames)
 
 
-# JPEG
-
-
 def jpeg_scans(side: int, scans: int) -> bytes:
     """A progressive JPEG of many scans, each of which goes over the whole picture and costs a few bytes."""
     blocks = (-(-side // 8)) ** 2
@@ -182,9 +176,6 @@ def _jpeg_segments(chance: random.Random) -> bytes:
     )
     segment = b"\xff" + bytes([chance.choice([0xE1, 0xE2, 0xED, 0xFE])]) + struct.pack(">H", len(body) + 2) + body
     return out.getvalue()[:2] + segment * chance.choice([1, 2, 300]) + out.getvalue()[2:]
-
-
-# The others
 
 
 def _webp_claim(chance: random.Random) -> bytes:
@@ -240,9 +231,6 @@ IMAGES: dict[str, Maker] = {
         [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run\n", b"P6 99999 99999 255\n", b"<svg/>", b""]
     ),
 }
-
-
-# JSON
 
 
 def _document(texts: object, images: object) -> bytes:

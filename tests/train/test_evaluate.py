@@ -144,7 +144,7 @@ def test_on_the_way_each_rank_decodes_the_pictures_that_it_scores_and_no_others(
     monkeypatch.setattr(images, "load_square", lambda *arguments: decoded.append(1) or decode(*arguments))
     found = []
     for rank in range(world):
-        engine, ranks = SimpleNamespace(module=scorer.model), Ranks(rank, world, rank, None)
+        engine, ranks = SimpleNamespace(module=scorer.model), Ranks(rank, world, None)
         found.append(Validation(config, RunDir(tmp_path), scorer.tokenizer, engine, ranks, None)._read())
         own = items[rank * 7 : rank * 7 + 7]
         assert len(decoded) == len({key for item in own for key in (item["key"], item["wrong_image"])})

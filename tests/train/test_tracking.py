@@ -151,7 +151,7 @@ def test_no_rank_but_the_first_reads_the_metrics_of_lives_before(tmp_path):
     run.create()
     jsonl.append(run.lives, [{"life": 1, "event": "start", "time": 100.0}])
     run.metrics.mkdir()  # whoever reads it fails
-    first, second = (Ranks(rank, 2, rank, None) for rank in range(2))
+    first, second = (Ranks(rank, 2, None) for rank in range(2))
     assert _lived_s(run, second, began=0.0) == 0.0
     with pytest.raises(IsADirectoryError):
         _lived_s(run, first, began=0.0)

@@ -23,7 +23,6 @@ SPLIT_NOTES = {
 class Row:
     """One stage on one half of one split."""
 
-    split: str
     stage: str
     half: str
     figures: dict[str, Any]
@@ -74,7 +73,7 @@ def rows(stages: list[Stage], splits: list[str]) -> dict[str, list[Row]]:
                     continue
                 figures = {name: _figure(own, name) for name in ("nll_right", "nll_wrong", "nll_blind", "retrieval_of_10", "greedy_exact")}
                 figures |= {"pictures": own.get("pictures"), "nll_language_model": _figure(blind or {}, "nll_blind")}
-                table[split].append(Row(split, stage.stage, half, figures))
+                table[split].append(Row(stage.stage, half, figures))
     return table
 
 

@@ -48,11 +48,6 @@ def digest(run_dir: str | Path) -> str:
     return str(manifest["digest"])
 
 
-def folder(run_dir: str | Path) -> Path:
-    """Where a run's final weights lie."""
-    return RunDir(run_dir).final
-
-
 def is_run(path: str | Path) -> bool:
     """Whether the folder is a run directory, finished or not."""
     run = RunDir(path)
@@ -71,7 +66,7 @@ def load_into(model: nn.Module, run_dir: str | Path) -> None:
         UserError: no such weights, or they are not this model's: a table of what does not fit.
     """
     digest(run_dir)
-    found = HubFolder(folder(run_dir), "final weights")
+    found = HubFolder(RunDir(run_dir).final, "final weights")
     parameters = dict(model.named_parameters())
     wanted = entries({name: tuple(p.shape) for name, p in parameters.items()})
     fits(wanted, found, "final weights")

@@ -83,10 +83,6 @@ class HubFolder:
         except (SafetensorError, OSError) as error:
             raise self._unreadable(file, error) from None
 
-    def files(self) -> list[Path]:
-        """The files that hold the tensors, in order of name."""
-        return [self.folder / file for file in sorted({fact.file for fact in self.facts.values()})]
-
     def _placed(self, index: str) -> dict[str, str]:
         """File by tensor, as the index has it."""
         content = self._json(index)

@@ -58,8 +58,7 @@ def check(config: Config) -> None:
     """
     with torch.device("meta"):
         model = XComposer2(config.model, config.data.images.size, config.data.images.tokens)
-    for source in sources(config, model):
-        fits(source.entries, source.folder, source.key, source.ignored, source.differing)
+    Initial(config, model)
 
 
 def digest(config: Config) -> str | None:
@@ -119,7 +118,7 @@ def _whole(key: str, path: str, config: Config, model: XComposer2) -> Source:
     shapes = model.shapes()
     if final.is_run(path):
         final.digest(path)
-        folder, file = HubFolder(final.folder(path), key), RunDir(path).config
+        folder, file = HubFolder(RunDir(path).final, key), RunDir(path).config
         differing = _differing_stage(configure.read_resolved(file.parent), config, folder, file.name) if file.exists() else []
         return Source(key, folder, final.entries(shapes), r"$^", differing)
     if not any((Path(path) / name).exists() for layout in hub.LAYOUTS for name in layout):

@@ -72,14 +72,9 @@ def _run_of(path: Path) -> Path:
         return path.parents[1]
     run = path.parent if path.name == RunDir(path).final.name and not RunDir(path).config.exists() else path
     if not RunDir(run).config.exists():
-        raise no_model(run)
+        cure = "give a run directory, RUN/checkpoints/step-N, or a folder that xc-train export wrote"
+        raise UserError(f"{run} is no run directory and no export: neither config.yaml nor {exported.FILE} in it ({cure})")
     return run
-
-
-def no_model(path: Path) -> UserError:
-    """What is said of a folder that holds none."""
-    cure = "give a run directory, RUN/checkpoints/step-N, or a folder that xc-train export wrote"
-    return UserError(f"{path} is no run directory and no export: neither config.yaml nor {exported.FILE} in it ({cure})")
 
 
 def of_run(run_dir: Path) -> Opened:
