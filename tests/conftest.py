@@ -48,6 +48,15 @@ class Demo:
 
 
 @pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """Where ranks of tests run: one thread each, the extensions that `make install` compiled."""
+    from train.extensions import prepare_deepspeed
+
+    prepare_deepspeed()
+    return {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+
+
+@pytest.fixture(scope="session")
 def xc_data() -> Callable[..., int]:
     """Runs an `xc-data` command in this process; returns its exit code."""
     from data_pipeline.cli import main

@@ -64,15 +64,6 @@ def _free_ports(count: int) -> int:
         return first
 
 
-@pytest.fixture(scope="session")
-def environment() -> dict[str, str]:
-    """Where ranks of tests run: one thread each, the extensions that `make install` compiled."""
-    from train.extensions import prepare_deepspeed
-
-    prepare_deepspeed()
-    return {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-
-
 MakeStage = Callable[..., SlurmStage]
 
 

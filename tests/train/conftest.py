@@ -1,6 +1,5 @@
 """Fixtures that start real training runs."""
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,15 +9,6 @@ import pytest
 from stages import Stage, make_stage
 
 from data_pipeline.errors import EXIT_DONE
-
-
-@pytest.fixture(scope="session")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Where ranks of tests run: one thread each, the extensions that `make install` compiled."""
-    from train.extensions import prepare_deepspeed
-
-    prepare_deepspeed()
-    return {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ Four real ranks run parts of hand-made batches as one group of four and as two g
 """
 
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import torch
 from batches import IMAGE_SIZE, IMAGE_TOKENS, batch_of, image, mixed_segments, text
 from sequence_worker import build, gradients, measure
-from stages import Life, Stage, live_together, make_stage
+from stages import Life, Stage, live_together, make_stage, run_ranks
 
 from data_pipeline import jsonl
 from data_pipeline.batch import PackedBatch
@@ -27,7 +26,6 @@ from train import configure, memory
 from train.cli import main
 from train.config import Checkpointing, Config, Recompute
 from train.flops import Shape
-from train.launch import free_port, rank_environment
 from train.outlook import Machine, look, page
 from train.ranks import SequenceGroup
 from train.rehearsal import heaviest_batch
@@ -87,13 +85,7 @@ def shared(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
     torch.save(JOBS, folder / "jobs.pt")
     worker = Path(__file__).parents[1] / "support" / "sequence_worker.py"
     command = [sys.executable, str(worker), str(folder / "jobs.pt"), str(folder / "out.pt")]
-    port = free_port()
-    ranks = [subprocess.Popen(command, env={**environment, **rank_environment(rank, WORLD, port)}) for rank in range(WORLD)]
-    try:
-        assert [rank.wait(timeout=240) for rank in ranks] == [0] * WORLD
-    finally:
-        for rank in ranks:
-            rank.kill()
+    run_ranks(command, {"OMP_NUM_THREADS": environment["OMP_NUM_THREADS"]}, WORLD)
     return torch.load(folder / "out.pt", weights_only=True)
 
 
