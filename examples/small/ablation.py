@@ -2,10 +2,12 @@
 
 Invariant: all arms see the same pairs in the same order for a seed, as often. An arm's learning rate is the one whose run of seed 0 has the
 lowest caption loss on the validation half; beside another part, the projector keeps the rate that it prefers alone. Figures are of the
-test half, which decides nothing. What a run reached is kept in its record, docs/plora_ablation/SEED/ARM-RATE.json; what a record
-holds, of the same learning rates, is not trained or measured again: delete it and the run directory for that.
+test half, which decides nothing. Above them stands the language model that sees no picture (control.py). What a run reached is kept in
+its record, docs/plora_ablation/SEED/ARM-RATE.json; what a record holds, of the same learning rates, is not trained or measured again:
+delete it and the run directory for that.
 
-    python examples/small/ablation.py 0 1 2                                 (25 trainings of ten minutes; goes on where it was stopped)
+    python examples/small/control.py 0 1 2
+    python examples/small/ablation.py 0 1 2                                 (20 trainings of ten minutes; goes on where it was stopped)
     python examples/small/ablation.py 0 1 2 --check docs/plora_ablation.md
 """
 
@@ -17,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import control
 from records import BIN, HELD_OUT, end_where_it_fails, exit_with, keep, marked, printed, run_stage
 
 from train import configure
@@ -29,14 +32,13 @@ RECORDS = Path("docs/plora_ablation")
 RUNS = Path("runs/small/ablation")
 CONFIGS = Path("configs/small/ablation")
 RATES = {
-    "blind": ("3e-5", "1e-4", "3e-4"),
     "projector": ("1e-3", "3e-3", "1e-2"),
     "plora": ("3e-4", "1e-3", "3e-3"),
     "lora": ("1e-4", "3e-4", "1e-3"),
     "full": ("3e-5", "1e-4", "3e-4"),
 }
 """Learning rates that are tried, by arm: of the projector where it learns alone, else of what learns beside it (the second group)."""
-ALONE = ("blind", "projector")
+ALONE = ("projector",)
 SUITES = {
     "captions": ("--data", HELD_OUT / "test"),
     "text": ("--data", HELD_OUT / "text"),
@@ -51,8 +53,6 @@ COLUMNS = {
     ("text", "minus_base"): "change of nats on text alone",
 }
 """Suite and figure; what the table calls it."""
-OF_BLIND = {("captions", "nll_right"): "nll_blind", ("text", "minus_base"): "minus_base"}
-"""What there is to measure of a model that sees no picture."""
 
 
 def main() -> int:
@@ -116,12 +116,12 @@ def add(arm: str, rate: str, seed: int, run: RunDir, found: dict[str, Any]) -> N
 
 
 def tune(arm: str, rate: str, procs: str) -> None:
-    """Trains with seed 0 and measures the validation captions, behind their pictures where the arm sees them."""
+    """Trains with seed 0 and measures the validation captions behind their pictures."""
     if "validation" not in recorded(arm, rate, 0):
         run = train(arm, rate, 0, procs)
         opened = open_model(run.path)
         captions = Scorer(opened.model, opened.tokenizer, opened.config)
-        segments = captions.captions("validation", HELD_OUT / "validation", sys.maxsize)["blind" if arm == "blind" else "right"]
+        segments = captions.captions("validation", HELD_OUT / "validation", sys.maxsize)["right"]
         add(arm, rate, 0, run, {"validation": captions.score(segments).mean()})
 
 
@@ -173,13 +173,14 @@ def tuning_table() -> str:
 def outcome_table(seeds: list[int]) -> str:
     """A row an arm: mean over seeds, and their standard deviation."""
     lines = [f"| | {' | '.join(COLUMNS.values())} | minutes |", "|---" * (len(COLUMNS) + 2) + "|"]
+    controls = [control.recorded(seed) for seed in seeds]
+    blanks = " | " * (len(COLUMNS) - 1)
+    lines.append(
+        f"| no picture | {_spread([c['test'][0] for c in controls])} | {blanks}{statistics.mean(c['minutes'] for c in controls):.1f} |"
+    )
     for arm in RATES:
         rate = best_rate(arm)
-        figures = OF_BLIND if arm == "blind" else {column: column[1] for column in COLUMNS}
-        cells = [
-            _spread([asked_of(arm, rate, seed, column[0])[figures[column]] for seed in seeds]) if column in figures else ""
-            for column in COLUMNS
-        ]
+        cells = [_spread([asked_of(arm, rate, seed, suite)[figure] for seed in seeds]) for suite, figure in COLUMNS]
         lines.append(f"| {arm} | {' | '.join(cells)} | {statistics.mean(asked_of(arm, rate, seed, 'minutes') for seed in seeds):.1f} |")
     return "\n".join(lines)
 

@@ -1,12 +1,13 @@
 """The small model's figures over several seeds: trains and measures what is missing, and prints the tables of docs/results.md.
 
 Invariant: a seed changes weights, data order, augmentation and dropout; data, splits and settings stay. Every figure is read from files
-of run directories into the seed's record, docs/results/seed-N.json. A seed that has one is not trained again: delete it and the run
-directories to measure anew. `--check` fails where the document says something else than the records, or a record than run directories
-that are there.
+of run directories into the seed's record, docs/results/seed-N.json; that of the language model which sees no picture is its control's
+(control.py). A seed that has a record is not trained again: delete it and the run directories to measure anew. `--check` fails where the
+document says something else than the records, or a record than run directories that are there.
 
     make small-data
-    python examples/small/results.py 0 1 2                          (an hour a seed on two quiet cores)
+    python examples/small/control.py 0 1 2
+    python examples/small/results.py 0 1 2                          (45 minutes a seed on two quiet cores with bf16)
     python examples/small/results.py 0 1 2 --check docs/results.md
 """
 
@@ -17,15 +18,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import control
 from captions import category_of
 from records import BIN, HELD_OUT, RESULTS, end_where_it_fails, exit_with, keep, kept, printed, run_stage, sample_table, shown
 
 from train import configure
-from train.run_dir import RunDir
+from train.evaluate import Scorer, Scores
+from train.run_dir import RunDir, write_json
+from train.weights.opened import open_model
 
 RUNS = Path("runs/small/seeds")
 ALIKE = HELD_OUT / "alike"
-STAGES = ("blind", "pretrain")
 FIGURES = {
     "retrieval_of_10": "caption of its picture, among ten",
     "picture_of_10": "picture of its caption, among ten",
@@ -34,8 +37,11 @@ FIGURES = {
     "nll_wrong": "behind a wrong picture",
 }
 """In `evaluation.json`; what the table calls them."""
-BLIND = "of the language model that learnt the same captions without pictures"
+LESS = "less than that, caption by caption"
+CONTROL = "of the language model that learnt the same captions without pictures"
+B_NORM = "norm of B, which is 0 at the start"
 MINUTES = "minutes of training"
+CONTROL_MINUTES = "minutes of the language model's"
 
 
 def main() -> int:
@@ -45,7 +51,7 @@ def main() -> int:
         "seeds",
         nargs="+",
         type=int,
-        help="seeds of the table's columns: 0 1 2; an hour each with bf16, two without, unless they have a record",
+        help="seeds of the table's columns: 0 1 2; three quarters of an hour each with bf16, twice that without, unless they have a record",
     )
     parser.add_argument("--procs", default="2", help="ranks of a training (default 2)")
     parser.add_argument("--check", type=Path, help="a document that must hold the tables; nothing is trained")
@@ -74,45 +80,73 @@ def recorded(seed: int) -> dict[str, Any]:
 
 def train(seed: int, procs: str) -> None:
     """Trains and measures what is not there yet; what was interrupted goes on."""
-    for stage in STAGES:
-        config = configure.load(Path(f"configs/small/{stage}.yaml"), [f"run.seed={seed}", f"run.dir={RUNS / str(seed) / stage}"])
-        run_stage(config, {"test": str(HELD_OUT / "test")}, procs)
-    *_, text, alike = files_of(seed)
+    config = configure.load(Path("configs/small/pretrain.yaml"), [f"run.seed={seed}", f"run.dir={run_of(seed).path}"])
+    run_stage(config, {"test": str(HELD_OUT / "test")}, procs)
+    _, text, alike, paired = files_of(seed)
     for file, suite, data in ((text, "text", HELD_OUT / "text"), (alike, "captions", ALIKE)):
         if not file.exists():
             end_where_it_fails(BIN / "xc-compose", "eval", file.parent, "--suite", suite, "--data", data, "-o", file)
+    if not paired.exists():
+        write_json(paired, less_than_control(seed))
+
+
+def run_of(seed: int) -> RunDir:
+    """Where it is trained."""
+    return RunDir(RUNS / str(seed) / "pretrain")
 
 
 def files_of(seed: int) -> list[Path]:
     """What a seed's figures are read from."""
-    blind, pretrain = (RunDir(RUNS / str(seed) / stage) for stage in STAGES)
-    return [blind.evaluation, pretrain.evaluation, pretrain.path / "text.json", pretrain.path / "alike.json"]
+    run = run_of(seed)
+    return [run.evaluation, run.path / "text.json", run.path / "alike.json", run.path / "paired.json"]
+
+
+def less_than_control(seed: int) -> list[float]:
+    """Nats a token that a test caption costs less behind its picture than the seed's control pays, and their standard error over captions:
+    far smaller than those of either loss, since captions differ more than models.
+    """
+    nll = []
+    for run, figure in ((control.run_of(control.best(), seed), "blind"), (run_of(seed), "right")):
+        opened = open_model(run.path)
+        scorer = Scorer(opened.model, opened.tokenizer, opened.config)
+        nll.append(scorer.score(scorer.captions("test", HELD_OUT / "test", sys.maxsize)[figure]))
+    less = Scores(nll[0].nll - nll[1].nll, nll[1].tokens)
+    items = json.loads((HELD_OUT / "test" / "candidates.json").read_text())["items"]
+    return [less.mean(), less.stderr([item["caption"] for item in items])]
 
 
 def figures(seeds: list[int]) -> str:
     """A column a seed; of the test pairs, whose concepts no stage has seen. The mean is followed by the seeds' standard deviation."""
     records = [recorded(seed) for seed in seeds]
-    columns = [record["figures"] for record in records]
+    columns = [_column(record["figures"], control.recorded(seed)) for seed, record in zip(seeds, records, strict=True)]
     lines = [f"| | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | bar |", "|---" * (len(seeds) + 3) + "|"]
-    means = {
-        name: statistics.mean(column[name][0] for column in columns) for name, value in columns[0].items() if not isinstance(value, str)
-    }
-    for name in columns[0]:
-        values = [column[name] for column in columns]
-        if isinstance(values[0], str):
-            lines.append(f"| {name} | {' | '.join(values)} | | |")
+    names = max(columns, key=len)  # older records lack some
+    of_row = {name: [column.get(name) for column in columns] for name in names}
+    values = {name: [cell[0] for cell in row if cell] for name, row in of_row.items() if not isinstance(row[-1], str)}
+    means = {name: statistics.mean(found) for name, found in values.items()}
+    for name, row in of_row.items():
+        if name not in means:
+            lines.append(f"| {name} | {' | '.join(row)} | | |")
             continue
-        cells = [f"{value:.3f}{f' ± {error:.3f}' if error else ''}" for value, error in values]
-        spread = f" ± {statistics.stdev(value for value, _ in values):.3f}" if len(values) > 1 else ""
+        cells = ["not kept" if cell is None else f"{cell[0]:.3f}{f' ± {cell[1]:.3f}' if cell[1] else ''}" for cell in row]
+        spread = f" ± {statistics.stdev(values[name]):.3f}" if len(values[name]) > 1 else ""
         lines.append(f"| {name} | {' | '.join(cells)} | **{means[name]:.3f}**{spread} | {bar(name, means)} |")
     lines.append(f"| trained on | {' | '.join(record['processor'] for record in records)} | | |")
     return "\n".join(lines)
 
 
+def _column(figures: dict[str, Any], of_control: dict[str, Any]) -> dict[str, Any]:
+    """A seed's figures, with those of its control."""
+    rows = list(figures.items())
+    behind = list(figures).index(FIGURES["nll_wrong"]) + 1
+    rows.insert(behind, (CONTROL, of_control["test"]))
+    return dict(rows) | {CONTROL_MINUTES: [of_control["minutes"], None]}
+
+
 def bar(name: str, means: dict[str, float]) -> str:
     """What the mean of a row is asked to reach, and whether it does."""
     at_least = {FIGURES["retrieval_of_10"]: 0.5, FIGURES["picture_of_10"]: 0.6}
-    at_most = {FIGURES["nll_right"]: means[BLIND], MINUTES: 60.0}
+    at_most = {FIGURES["nll_right"]: means[CONTROL], MINUTES: 60.0}
     if name in at_least:
         return f"at least {at_least[name]:g}: {'held' if means[name] >= at_least[name] else 'missed'}"
     if name in at_most:
@@ -122,21 +156,20 @@ def bar(name: str, means: dict[str, float]) -> str:
 
 def measured(seed: int) -> dict[str, Any]:
     """What the files of a seed's run directories say: each figure with its standard error over concepts, or words; samples."""
-    blind, pretrain = (RunDir(RUNS / str(seed) / stage) for stage in STAGES)
-    of_blind, of_pretrain, of_text, of_alike = (json.loads(file.read_text()) for file in files_of(seed))
-    seeing, control = of_pretrain["splits"]["test"], of_blind["splits"]["test"]
+    of_pretrain, of_text, of_alike, less = (json.loads(file.read_text()) for file in files_of(seed))
+    seeing = of_pretrain["splits"]["test"]
     text, alike = of_text["tables"][0], of_alike["tables"][0]
     among_alike = {row["figure"]: [row["value"], row["stderr"]] for row in alike["rows"]}
     found: dict[str, str | list[float | None]] = {words: [seeing[f], seeing["stderr"][f]] for f, words in FIGURES.items()}
-    found[BLIND] = [control["nll_blind"], control["stderr"]["nll_blind"]]
+    found[LESS] = less
     found["caption among ten, by guessing among those of the right category"] = [category_alone(HELD_OUT / "test"), None]
     found["caption among ten that are alike"] = among_alike["retrieval_of_10"]
     found["picture among ten that are alike"] = among_alike["picture_of_10"]
     found["caption among ten alike, by guessing among those of the right category"] = [category_alone(ALIKE), None]
     found["number format"] = of_pretrain["dtype"].removeprefix("torch.")
     found["text alone: logits"] = text["notes"][0].removeprefix("Logits ").rstrip(".")
-    found[MINUTES] = [pretrain.lived_s() / 60, None]
-    found["minutes of the language model's"] = [blind.lived_s() / 60, None]
+    found[B_NORM] = [of_pretrain["plora_b_norm"], None]
+    found[MINUTES] = [run_of(seed).lived_s() / 60, None]
     return {"figures": found, "samples": shown(seeing["samples"])}
 
 

@@ -39,6 +39,7 @@ ARTICLES = 3
 SUITES = {
     ("sft", "text"): ("--data", HELD_OUT / "text", "--base", RUNS / "pretrain"),
     ("sft", "composition"): ("--data", PAGES),
+    ("compose", "text"): ("--data", HELD_OUT / "text", "--base", RUNS / "pretrain"),
     ("compose", "composition"): ("--data", PAGES),
 }
 """Suites of `xc-compose eval` by stage, and their data. Pretraining keeps the language; captions are measured by the training itself."""

@@ -50,13 +50,25 @@ def write_seed(seed: int) -> None:
     item = {"caption": "tool: saw", "candidates": ["tool: saw", "animal: bull", "tool: axe", "plant: oak"]}
     for half in (HELD_OUT / "test", ALIKE):
         write(half / "candidates.json", {"items": [item, {**item, "caption": "plant: oak"}]})
-    for stage in ("blind", "pretrain"):
-        write(RUNS / str(seed) / stage / "evaluation.json", {"dtype": "torch.bfloat16", "splits": {"test": held_out(seed)}})
-        lived(RUNS / str(seed) / stage, 600)
+    evaluation = {"dtype": "torch.bfloat16", "plora_b_norm": 50.0 + seed, "splits": {"test": held_out(seed)}}
+    write(RUNS / str(seed) / "pretrain" / "evaluation.json", evaluation)
+    lived(RUNS / str(seed) / "pretrain", 600)
     write(RUNS / str(seed) / "pretrain" / "text.json", {"tables": [{"notes": ["Logits are the same."]}]})
+    write(RUNS / str(seed) / "pretrain" / "paired.json", [0.25, 0.05])
     rows = [{"figure": f, "value": 0.3, "stderr": 0.02} for f in ("retrieval_of_10", "picture_of_10")]
     write(RUNS / str(seed) / "pretrain" / "alike.json", {"tables": [{"rows": rows}]})
     write(record_of(seed), {"processor": "a processor", **measured(seed)})
+
+
+def write_controls() -> None:
+    """Of which validation prefers the first rate and two passes."""
+    import control
+
+    for rate, nats in zip(control.RATES, ((3.5, 3.0, 3.1), (4.0, 4.5)), strict=True):
+        for passes, value in zip(control.DOUBLED, nats, strict=False):
+            found = {"validation": [value, 0.1], "test": [value + 1, 0.1], "minutes": 8.0}
+            write(control.record_of((rate, passes), 0), found)
+    write(control.record_of(control.best(), 1), {"validation": [9.0, 0.1], "test": [4.0, 0.1], "minutes": 8.0})
 
 
 def check(monkeypatch, program, document: Path) -> int:
@@ -68,6 +80,7 @@ def test_the_check_of_results_fails_where_the_document_says_something_else(monke
     import records
     import results
 
+    write_controls()
     for seed in (0, 1):
         write_seed(seed)
     document = tmp_path / "results.md"
@@ -82,6 +95,9 @@ def test_the_check_of_results_fails_where_the_document_says_something_else(monke
     assert "| caption among ten that are alike | 0.300 ± 0.020 | 0.300 ± 0.020 | **0.300** ± 0.000 |  |" in said
     assert "by guessing among those of the right category | 0.750 | 0.750 | **0.750** ± 0.000 |" in said
     assert "| k/1 | a saw | **a saw** | a bull |" in said
+    assert "| norm of B, which is 0 at the start | 50.000 | 51.000 |" in said
+    assert f"| {results.CONTROL} | 4.000 ± 0.100 | 4.000 ± 0.100 |" in said
+    assert f"| {results.LESS} | 0.250 ± 0.050 | 0.250 ± 0.050 |" in said
     assert "| number format | bfloat16 | bfloat16 | | |" in said
     assert "| trained on | a processor | a processor | | |" in said
     document.write_text(said.replace("0.510", "0.610"))
@@ -142,9 +158,22 @@ def test_the_check_of_stages_fails_where_the_document_or_a_run_says_something_el
 def test_the_document_that_is_committed_says_what_the_committed_records_say(monkeypatch):
     monkeypatch.chdir(EXAMPLES.parent)
     seeds = sorted(file.stem.removeprefix("seed-") for file in Path("docs/results").glob("seed-*.json"))
-    for program, *of in [["three_stages"], *([["results", *seeds]] if seeds else [])]:
+    for program, *of in (["three_stages"], ["control", *seeds], ["results", *seeds]):
         monkeypatch.setattr(sys, "argv", [program, *of, "--check", "docs/results.md"])
         assert importlib.import_module(program).main() == 0
+
+
+def test_the_control_is_trained_as_validation_prefers_and_its_config_is_that(monkeypatch, tmp_path):
+    import control
+
+    write_controls()
+    assert control.best() == ("1e-4", 2)
+    assert control.table().endswith("| 1e-4 | 1: 3.500 · **2: 3.000** · 4: 3.100 |\n| 3e-4 | 1: 4.000 · 2: 4.500 |"), (
+        "no more than is worse"
+    )
+    monkeypatch.chdir(EXAMPLES.parent)
+    config, (rate, passes) = configure.load(control.CONFIG), control.best()
+    assert (config.train.lr, float(config.data.sources["captions"].weight)) == (float(rate), passes)
 
 
 def write_record(arm: str, rate: str, seed: int, **found: object) -> None:
@@ -157,12 +186,12 @@ def write_record(arm: str, rate: str, seed: int, **found: object) -> None:
 def test_an_arm_of_the_ablation_takes_the_rate_that_validation_prefers(monkeypatch, tmp_path):
     import ablation
 
+    write_controls()
     for arm, rates in ablation.RATES.items():
         for number, rate in enumerate(rates):
             write_record(arm, rate, 0, validation=4.0 + abs(number - (0 if arm == "lora" else 1)))
-        figures = ablation.OF_BLIND if arm == "blind" else {column: column[1] for column in ablation.COLUMNS}
         for seed in (0, 1):
-            found = {suite: {figure: 0.5 + seed for (of, _), figure in figures.items() if of == suite} for suite in ablation.SUITES}
+            found = {suite: {figure: 0.5 + seed for of, figure in ablation.COLUMNS if of == suite} for suite in ablation.SUITES}
             write_record(arm, ablation.best_rate(arm), seed, minutes=10.0, **found)
     chosen = {arm: rates[0 if arm == "lora" else 1] for arm, rates in ablation.RATES.items()}
     assert {arm: ablation.best_rate(arm) for arm in ablation.RATES} == chosen
@@ -172,7 +201,7 @@ def test_an_arm_of_the_ablation_takes_the_rate_that_validation_prefers(monkeypat
     assert check(monkeypatch, ablation, document) == 0
     said = document.read_text()
     assert "| plora | 3e-4: 5.000 · **1e-3: 4.000** · 3e-3: 5.000 |  |" in said and "| 1.000 ± 0.707 |" in said
-    assert "| blind | 1.000 ± 0.707 |  |  |  |  | 1.000 ± 0.707 | 10.0 |" in said
+    assert "| no picture | 4.000 ± 0.000 |  |  |  |  |  | 8.0 |" in said
     document.write_text(said.replace("0.707", "0.0"))
     assert check(monkeypatch, ablation, document) == 1
     document.write_text(said)
@@ -196,7 +225,6 @@ def test_beside_another_part_the_projector_keeps_the_rate_that_it_prefers_alone(
         assert config.run.seed == 1
         rates[arm] = [config.train.lr * group.lr_scale for group in config.train.groups if group.trainable]
     assert rates == {
-        "blind": [pytest.approx(3e-5)],
         "projector": [pytest.approx(1e-3)],
         "plora": pytest.approx([1e-2, 3e-4]),
         "lora": pytest.approx([1e-2, 1e-4]),
@@ -221,6 +249,8 @@ def test_a_training_measures_the_pairs_that_it_is_told_and_nothing_else(monkeypa
     assert written.evaluate.splits == {"test": "pairs"} and written.evaluate.text is None and not written.track.wandb
     assert file.with_suffix("") == Path(written.run.dir)
     monkeypatch.setattr(results, "RUNS", tmp_path / "seeds")
+    monkeypatch.setattr(results, "less_than_control", lambda seed: [0.1, 0.1])
+    results.run_of(0).path.mkdir(parents=True)
     results.train(0, "2")
     suites = [command for command in asked if "eval" in command]
     assert len(suites) == 2 and all("--data" in command for command in suites), "the run's config names none but its pairs"
