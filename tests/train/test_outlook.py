@@ -21,6 +21,7 @@ from train.model.xcomposer2 import XComposer2
 from train.outlook import SAMPLED_STEPS, Machine, look, page
 from train.rehearsal import heaviest_batch
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 GPU = Machine(gpus=64, memory_gib=80, peak=989e12, mfu=0.4)
 
 
@@ -45,6 +46,25 @@ def test_the_7b_is_planned_without_weights_or_data() -> None:
     text = page(config, GPU)
     assert re.search(r"memory +\d+\.\d+ GiB of 80 a GPU, ZeRO-2, checkpointing none: (fits|does not fit)", text)
     assert "days on 64 GPUs at 40% MFU" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "gpus", "says"),
+    [
+        ("pretrain_7b", None, 64, "the fullest pack needs {} of 80 GiB"),
+        ("pretrain_7b", "full", 64, "`full` needs {},"),
+        ("khd_7b", None, 64, "the fullest pack needs {} of 80 GiB"),
+        ("khd_7b", "none", 64, "without it {},"),
+        ("sft_7b", None, 64, "the fullest pack needs {} of 80 GiB on 64 GPUs"),
+        ("sft_7b", None, 8, "{} on 8;"),
+        ("sft_7b", "full", 64, "`full` needs {} on 64"),
+    ],
+)
+def test_what_a_recipe_says_that_it_needs_is_what_the_plan_says(name, kind, gpus, says) -> None:
+    file = CONFIGS / f"{name}.yaml"
+    config = configure.load(file, [f"train.checkpointing.kind={kind}"] if kind else [])
+    needed = look(config, replace(GPU, gpus=gpus)).memory.device / 2**30
+    assert says.format(round(needed)) in file.read_text()
 
 
 def test_more_zero_and_checkpointing_need_less() -> None:
