@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import time
@@ -198,13 +199,13 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_is_used(whole, c
 
 
 def test_ranks_end_when_their_launcher_is_killed_and_leave_no_shared_memory(stage):
-    shared = set(Path("/dev/shm").glob("deepspeed_*"))
     orphaned = stage(train={"steps": 1_000_000}, data={"workers": 1})
     process = orphaned.start()
     orphaned.wait_for(2, process)
     pids = orphaned.rank_pids()
     assert len(pids) >= 2
-    assert set(Path("/dev/shm").glob("deepspeed_*")) <= shared
+    (port,) = {re.search(rb"MASTER_PORT=(\d+)", Path(f"/proc/{pid}/environ").read_bytes())[1].decode() for pid in pids}
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*")), "of its own: other streams of tests start ranks meanwhile"
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 30
