@@ -22,6 +22,7 @@ import control
 from captions import category_of
 from records import BIN, HELD_OUT, RESULTS, end_where_it_fails, exit_with, keep, kept, printed, run_stage, sample_table, shown
 
+from data_pipeline.errors import UserError
 from train import configure
 from train.evaluate import Scorer, Scores
 from train.run_dir import RunDir, write_json
@@ -79,7 +80,14 @@ def recorded(seed: int) -> dict[str, Any]:
 
 
 def train(seed: int, procs: str) -> None:
-    """Trains and measures what is not there yet; what was interrupted goes on."""
+    """Trains and measures what is not there yet; what was interrupted goes on.
+
+    Raises:
+        UserError: the control's weights, which captions are compared with in the end, went with another machine.
+    """
+    beside, record = control.run_of(control.best(), seed), control.record_of(control.best(), seed)
+    if not beside.final.exists():
+        raise UserError(f"no control in {beside.path} (delete {record}, and run control.py {seed})")
     config = configure.load(Path("configs/small/pretrain.yaml"), [f"run.seed={seed}", f"run.dir={run_of(seed).path}"])
     run_stage(config, {"test": str(HELD_OUT / "test")}, procs)
     _, text, alike, paired = files_of(seed)
@@ -103,7 +111,7 @@ def files_of(seed: int) -> list[Path]:
 
 def less_than_control(seed: int) -> list[float]:
     """Nats a token that a test caption costs less behind its picture than the seed's control pays, and their standard error over captions:
-    far smaller than those of either loss, since captions differ more than models.
+    smaller than those of either loss, since captions differ more than models.
     """
     nll = []
     for run, figure in ((control.run_of(control.best(), seed), "blind"), (run_of(seed), "right")):

@@ -237,6 +237,7 @@ def test_a_training_measures_the_pairs_that_it_is_told_and_nothing_else(monkeypa
     import results
 
     asked = []
+    monkeypatch.setattr("control.RUNS", tmp_path / "none")
     for module in (records, results):
         monkeypatch.setattr(module, "end_where_it_fails", lambda *command: asked.append(command))
     monkeypatch.chdir(EXAMPLES.parent)
@@ -251,6 +252,10 @@ def test_a_training_measures_the_pairs_that_it_is_told_and_nothing_else(monkeypa
     monkeypatch.setattr(results, "RUNS", tmp_path / "seeds")
     monkeypatch.setattr(results, "less_than_control", lambda seed: [0.1, 0.1])
     results.run_of(0).path.mkdir(parents=True)
+    with pytest.raises(UserError, match="no control in"):  # before hours of training
+        results.train(0, "2")
+    monkeypatch.setattr(results.control, "RUNS", tmp_path / "control")
+    results.control.run_of(results.control.best(), 0).final.mkdir(parents=True)
     results.train(0, "2")
     suites = [command for command in asked if "eval" in command]
     assert len(suites) == 2 and all("--data" in command for command in suites), "the run's config names none but its pairs"
