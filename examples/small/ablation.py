@@ -7,19 +7,23 @@ its record, docs/plora_ablation/SEED/ARM-RATE.json; what a record holds, of the 
 delete it and the run directory for that.
 
     python examples/small/control.py 0 1 2
-    python examples/small/ablation.py 0 1 2                                 (20 trainings of ten minutes; goes on where it was stopped)
+    python examples/small/ablation.py 0 1 2                                 (21 trainings, two at once; goes on where it was stopped)
     python examples/small/ablation.py 0 1 2 --check docs/plora_ablation.md
 """
 
 import argparse
 import errno
 import json
+import os
 import statistics
 import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import control
+import torch
 from records import BIN, HELD_OUT, end_where_it_fails, exit_with, keep, marked, printed, run_stage
 
 from train import configure
@@ -32,7 +36,7 @@ RECORDS = Path("docs/plora_ablation")
 RUNS = Path("runs/small/ablation")
 CONFIGS = Path("configs/small/ablation")
 RATES = {
-    "projector": ("1e-3", "3e-3", "1e-2"),
+    "projector": ("1e-3", "3e-3", "1e-2", "3e-2"),
     "plora": ("3e-4", "1e-3", "3e-3"),
     "lora": ("1e-4", "3e-4", "1e-3"),
     "full": ("3e-5", "1e-4", "3e-4"),
@@ -59,16 +63,36 @@ def main() -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description="Projector only, PLoRA, LoRA and full fine-tuning on the same data, as two tables.")
     parser.add_argument("seeds", nargs="+", type=int, help="seeds whose mean the table shows: 0 1 2; rates are tuned with seed 0")
-    parser.add_argument("--procs", default="2", help="ranks of a training (default 2)")
+    at_once = "trainings side by side, of one rank each (default 2); they share the cores, and one of all weights takes 9 GB"
+    parser.add_argument("--at-once", type=int, choices=range(1, 9), default=2, metavar="N", help=at_once)
     parser.add_argument("--check", type=Path, help="a document that must hold the tables; nothing is trained")
     arguments = parser.parse_args()
     if arguments.check is None:
-        for arm, rates in RATES.items():
-            for rate in rates:
-                tune(arm, rate, arguments.procs)
-            for seed in arguments.seeds:
-                measure(arm, seed, arguments.procs)
+        threads = max(1, (os.cpu_count() or 1) // arguments.at_once)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        beside = [arm for arm in RATES if arm not in ALONE]
+        for arms in (ALONE, beside):  # these stand beside a projector of the rate that it prefers alone
+            side_by_side(tune, [(arm, rate) for arm in arms for rate in RATES[arm]], arguments.at_once)
+        side_by_side(measure, [(arm, seed) for seed in arguments.seeds for arm in RATES], arguments.at_once)
     return printed((tuning_table(), outcome_table(arguments.seeds)), arguments.check)
+
+
+def side_by_side(work: Callable[[str, Any], None], tasks: Sequence[tuple[str, Any]], at_once: int) -> None:
+    """Works on so many tasks at once. Where one fails, those that run come to their end, and no other is begun."""
+    waiting = list(tasks)
+    taken = iter(waiting)
+
+    def go_on() -> None:
+        try:
+            for task in taken:
+                work(*task)
+        finally:
+            waiting.clear()
+
+    with ThreadPoolExecutor(at_once) as pool:
+        for worker in [pool.submit(go_on) for _ in range(at_once)]:
+            worker.result()
 
 
 def run_of(arm: str, rate: str, seed: int) -> RunDir:
@@ -85,10 +109,10 @@ def config_of(arm: str, rate: str, seed: int) -> Config:
     return config
 
 
-def train(arm: str, rate: str, seed: int, procs: str) -> RunDir:
+def train(arm: str, rate: str, seed: int) -> RunDir:
     """Trains what has not ended yet."""
     print(f"\n{arm} at {rate}, seed {seed} ({len(list(RECORDS.glob('*/*.json')))} runs are on record)", flush=True)
-    run_stage(config_of(arm, rate, seed), {}, procs)
+    run_stage(config_of(arm, rate, seed), {}, "1")
     return run_of(arm, rate, seed)
 
 
@@ -115,10 +139,10 @@ def add(arm: str, rate: str, seed: int, run: RunDir, found: dict[str, Any]) -> N
     keep(record_of(arm, rate, seed), known | always | found)
 
 
-def tune(arm: str, rate: str, procs: str) -> None:
+def tune(arm: str, rate: str) -> None:
     """Trains with seed 0 and measures the validation captions behind their pictures."""
     if "validation" not in recorded(arm, rate, 0):
-        run = train(arm, rate, 0, procs)
+        run = train(arm, rate, 0)
         opened = open_model(run.path)
         captions = Scorer(opened.model, opened.tokenizer, opened.config)
         segments = captions.captions("validation", HELD_OUT / "validation", sys.maxsize)["right"]
@@ -147,12 +171,12 @@ def best_rate(arm: str) -> str:
     return min(RATES[arm], key=lambda rate: tuned(arm, rate))
 
 
-def measure(arm: str, seed: int, procs: str) -> None:
+def measure(arm: str, seed: int) -> None:
     """Trains with the arm's learning rate, and measures the test half."""
     rate = best_rate(arm)
     for suite, data in SUITES.items():
         if suite not in recorded(arm, rate, seed):
-            run = train(arm, rate, seed, procs)
+            run = train(arm, rate, seed)
             out = run.path / f"{suite}.json"
             if not out.exists():
                 end_where_it_fails(BIN / "xc-compose", "eval", run.path, "--suite", suite, *data, "-o", out)

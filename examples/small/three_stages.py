@@ -6,7 +6,7 @@ stages' run directories to measure anew. `--check` fails where the document says
 run directories that are there.
 
     make small-data
-    python examples/small/three_stages.py                                 (two and a half hours on two slow cores)
+    python examples/small/three_stages.py                                 (an hour on two cores with bf16, two and a half without)
     python examples/small/three_stages.py --check docs/results.md
 """
 

@@ -213,6 +213,24 @@ def test_an_arm_of_the_ablation_takes_the_rate_that_validation_prefers(monkeypat
         check(monkeypatch, ablation, document)
 
 
+def test_where_one_of_two_tasks_fails_no_other_is_begun():
+    from ablation import side_by_side
+
+    begun = []
+
+    def work(arm: str, number: int) -> None:
+        begun.append(number)
+        if arm == "fails":
+            raise SystemExit(3)
+
+    side_by_side(work, [("ends", number) for number in range(5)], 2)
+    assert sorted(begun) == [0, 1, 2, 3, 4]
+    begun.clear()
+    with pytest.raises(SystemExit, match="3"):
+        side_by_side(work, [("ends", 0), ("fails", 1), ("ends", 2)], 1)
+    assert begun == [0, 1]
+
+
 def test_beside_another_part_the_projector_keeps_the_rate_that_it_prefers_alone(monkeypatch):
     import ablation
 
@@ -226,9 +244,9 @@ def test_beside_another_part_the_projector_keeps_the_rate_that_it_prefers_alone(
         rates[arm] = [config.train.lr * group.lr_scale for group in config.train.groups if group.trainable]
     assert rates == {
         "projector": [pytest.approx(1e-3)],
-        "plora": pytest.approx([1e-2, 3e-4]),
-        "lora": pytest.approx([1e-2, 1e-4]),
-        "full": pytest.approx([1e-2, 3e-5]),
+        "plora": pytest.approx([3e-2, 3e-4]),
+        "lora": pytest.approx([3e-2, 1e-4]),
+        "full": pytest.approx([3e-2, 3e-5]),
     }
 
 
