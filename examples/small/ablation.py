@@ -7,7 +7,7 @@ its record, docs/plora_ablation/SEED/ARM-RATE.json; what a record holds, of the 
 delete it and the run directory for that.
 
     python examples/small/control.py 0 1 2
-    python examples/small/ablation.py 0 1 2                                 (21 trainings, two at once; goes on where it was stopped)
+    python examples/small/ablation.py 0 1 2                                 (23 trainings, two at once; goes on where it was stopped)
     python examples/small/ablation.py 0 1 2 --check docs/plora_ablation.md
 """
 
@@ -37,8 +37,8 @@ RUNS = Path("runs/small/ablation")
 CONFIGS = Path("configs/small/ablation")
 RATES = {
     "projector": ("1e-3", "3e-3", "1e-2", "3e-2"),
-    "plora": ("3e-4", "1e-3", "3e-3"),
-    "lora": ("1e-4", "3e-4", "1e-3"),
+    "plora": ("3e-4", "1e-3", "3e-3", "1e-2"),
+    "lora": ("1e-4", "3e-4", "1e-3", "3e-3"),
     "full": ("3e-5", "1e-4", "3e-4"),
 }
 """Learning rates that are tried, by arm: of the projector where it learns alone, else of what learns beside it (the second group)."""

@@ -195,12 +195,12 @@ def test_an_arm_of_the_ablation_takes_the_rate_that_validation_prefers(monkeypat
             write_record(arm, ablation.best_rate(arm), seed, minutes=10.0, **found)
     chosen = {arm: rates[0 if arm == "lora" else 1] for arm, rates in ablation.RATES.items()}
     assert {arm: ablation.best_rate(arm) for arm in ablation.RATES} == chosen
-    assert "| lora | **1e-4: 4.000** · 3e-4: 5.000 · 1e-3: 6.000 | at an end |" in ablation.tuning_table()
+    assert "| lora | **1e-4: 4.000** · 3e-4: 5.000 · 1e-3: 6.000 · 3e-3: 7.000 | at an end |" in ablation.tuning_table()
     document = tmp_path / "ablation.md"
     document.write_text(f"{ablation.tuning_table()}\n\n{ablation.outcome_table([0, 1])}")
     assert check(monkeypatch, ablation, document) == 0
     said = document.read_text()
-    assert "| plora | 3e-4: 5.000 · **1e-3: 4.000** · 3e-3: 5.000 |  |" in said and "| 1.000 ± 0.707 |" in said
+    assert "| plora | 3e-4: 5.000 · **1e-3: 4.000** · 3e-3: 5.000 · 1e-2: 6.000 |  |" in said and "| 1.000 ± 0.707 |" in said
     assert "| no picture | 4.000 ± 0.000 |  |  |  |  |  | 8.0 |" in said
     document.write_text(said.replace("0.707", "0.0"))
     assert check(monkeypatch, ablation, document) == 1
