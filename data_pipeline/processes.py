@@ -1,19 +1,38 @@
 """What a process that works for long asks of the system: to end with its parent, to keep its memory, to have many files open.
 
-Invariant: a process that called `end_with_parent` does not outlive the process that started it, even where that was killed.
+Invariant: a process that called `end_with_parent` or `end_with_maker` does not outlive the process that started it, even where that was
+killed.
 """
 
 import ctypes
 import gc
+import multiprocessing
+import os
 import resource
 import signal
 import sys
+import threading
 
 
 def end_with_parent() -> None:
     """Asks the kernel to kill this process when its parent is gone. Elsewhere than on Linux nothing does."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+
+
+def end_with_maker() -> None:
+    """Ends this process, a worker of `multiprocessing`, when the process that made it is gone, also where that was killed.
+
+    The kernel would watch another one: the server that forked it, which lives as long as any of its workers does.
+    """
+    maker = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if maker is not None:
+            maker.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def keep_freed_memory() -> None:
@@ -36,6 +55,6 @@ def open_many_files() -> None:
 
 def begin_worker(number: int) -> None:
     """For torch's DataLoader: a worker whose trainer was killed would wait for ever to hand over what it has read."""
-    end_with_parent()
+    end_with_maker()
     keep_freed_memory()
     gc.freeze()  # what the trainer has imported is no garbage: to look through it again and again costs a worker a hundredth of its time

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from demo_data import COSTS, SEED, START, data_config, segments_of
+from worker_faults import Deadly
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import TryAgainError
 from data_pipeline.loader import Loader, StepData
 from data_pipeline.opened import open_data
-from data_pipeline.read import budget, storage
+from data_pipeline.read import budget
 from data_pipeline.read.killers import AtWork, Killers, read_killers
 from data_pipeline.read.materialise import Materialiser
 from data_pipeline.read.storage import Location, ShardReader
@@ -45,14 +46,7 @@ def test_a_sample_that_kills_its_worker_is_dropped_by_all_ranks_of_later_lives(d
     row = int(pieces.row[pieces.source == 0][0])
     source = open_data(alone, SEED).sources[0]
     key, place = source.key(row), source.locate(row)
-    real = storage.read_members
-
-    def deadly(data: bytes) -> dict[str, bytes]:
-        if data.startswith((f"{key}.txt".encode(), f"{key}.jpg".encode(), f"{key}.webp".encode())):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(data)
-
-    monkeypatch.setattr(storage, "read_members", deadly)  # inherited by the workers, which are forked
+    monkeypatch.setattr("data_pipeline.loader.begin_worker", Deadly(key))
     config = data_config(demo.root, workers=2)
     handler = signal.getsignal(signal.SIGCHLD)
     errors = [str(error) for _, error in (life(config, tmp_path, rank, 2) for rank in range(2)) if error]
