@@ -266,6 +266,8 @@ def _verify(args: argparse.Namespace) -> int:
     for part in _watched(work, mine, args.workers, f"verify {folder.name}", names):
         found.add(part)
     print_verified(source, len(mine), found)
+    if found.unread and not found.wrong:
+        raise TryAgainError(f"{len(found.unread)} of {len(mine)} shards could not be read to their end (run the same again)")
     return EXIT_NEEDS_PERSON if found.wrong else EXIT_DONE
 
 

@@ -70,9 +70,10 @@ def load(schema: type[Schema], path: str | Path, overrides: Sequence[str] = (), 
     for where, layer in layers:
         part = OmegaConf.masked_copy(layer, []) if keep else layer
         for key in keep:
-            value = OmegaConf.select(layer, key)
-            if value is not None:
-                OmegaConf.update(part, key, value)
+            section, _, name = key.rpartition(".")
+            holder = OmegaConf.select(layer, section) if section else layer
+            if isinstance(holder, DictConfig) and name in holder:  # also as null, which takes back what a base gives
+                OmegaConf.update(part, key, holder[name])
         merged = _merge(schema, merged, part, where)
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:

@@ -50,6 +50,8 @@ def _parts(value: Mapping[str, Any], path_of: Mapping[str, str] | None) -> list[
     for i, (text, image) in enumerate(zip(texts, images, strict=True)):
         if (text is None) == (image is None):
             raise BadSample(f"not a document: exactly one of texts[{i}] and images[{i}] must be null")
+        if not isinstance(text if image is None else image, str):
+            raise BadSample(f"not a document: texts[{i}] or images[{i}] is neither text nor null")
         if image is None:
             parts.append(text)
         else:

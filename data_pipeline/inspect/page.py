@@ -5,6 +5,7 @@ Invariant: a page loads nothing, treats all data as text, and appears whole or n
 
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,5 +63,6 @@ def write(page: str, output: Path) -> None:
         beside.write_text(page, encoding="utf-8", errors="replace")
         beside.replace(output)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only file system refuses to remove even what is not there
+            beside.unlink()
         raise UserError(f"cannot write {output.resolve()}: {error.strerror} (choose another file: --output)") from None

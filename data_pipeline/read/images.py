@@ -172,8 +172,9 @@ def decode(data: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             require_size(*image.size)
+            turn = None if image.format == "TIFF" else _turn(image)  # by what stands before the pixels, as the index; load turns a TIFF
             image.load()
-            upright = _upright(image)
+            upright = image if turn is None else image.transpose(turn)
             if upright.mode.startswith("I;16"):
                 return Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8)).convert("RGB")  # PIL would clip at 255
             if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
@@ -265,13 +266,8 @@ def _decode_jpeg(data: bytes, side: int, crop: float) -> tuple[np.ndarray, tuple
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
+    """As its EXIF orientation says; not by `ImageOps.exif_transpose`, which fails on tags that it need not touch."""
     return _TURNS.get(orientation(image))
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF orientation says; not by `ImageOps.exif_transpose`, which fails on tags that it need not touch."""
-    turn = _turn(image)
-    return image if turn is None else image.transpose(turn)
 
 
 def _crop_box(size: tuple[int, int], crop: float, rng: np.random.Generator) -> Box:

@@ -9,6 +9,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,10 +139,7 @@ def index_shard(shard: ShardPath, index_dir: Path, kind: Kind, tokenizer: Tokeni
             return False
         source = str(shard.parent.resolve())
         if index_dir.resolve() != shard.parent.resolve():
-            owner = found.get("source", source)
-            if owner != source:
-                cure = f"give each source an --index-dir of its own, or delete {index_dir} if {owner} has moved"
-                raise UserError(f"{target} is the index of a shard of {owner}, not of {source} ({cure})")
+            require_own(target, found, source)
             facts["source"] = source
         table = pa.Table.from_pylist(list(_rows(shard, kind, tokenizer, phash)), schema=SCHEMA)
     except OSError as error:
@@ -158,9 +156,22 @@ def index_shard(shard: ShardPath, index_dir: Path, kind: Kind, tokenizer: Tokeni
             os.fsync(file.fileno())
         partial.replace(target)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only file system refuses to remove even what is not there
+            partial.unlink()
         raise UserError(f"cannot write the index {target}: {error.strerror} (free space, or choose another folder: --index-dir)") from None
     return True
+
+
+def require_own(sidecar: Path, found: dict[str, Any], source: str) -> None:
+    """Refuses what `read_facts` found in a sidecar of another source than this one, the resolved folder of its shards.
+
+    Raises:
+        UserError: whose it is.
+    """
+    owner = found.get("source", str(sidecar.parent.resolve())) if found else source  # beside its shards it names none
+    if owner != source:
+        cure = f"give each source an --index-dir of its own, or delete {sidecar.parent} if {owner} has moved"
+        raise UserError(f"{sidecar} is the index of a shard of {owner}, not of {source} ({cure})")
 
 
 def read_facts(sidecar: Path) -> dict[str, Any]:

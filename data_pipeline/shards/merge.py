@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 from data_pipeline.errors import TryAgainError, UserError
 from data_pipeline.plan.columns import ELEMENT
 from data_pipeline.read.paths import ShardPath, index_option
-from data_pipeline.shards.index import OK, list_shards, read_index, require_facts, sidecar_path
+from data_pipeline.shards.index import OK, list_shards, read_facts, read_index, require_facts, require_own, sidecar_path
 
 VERSION = 2
 BLOCK_SAMPLES = 250
@@ -63,7 +63,8 @@ def merge(source: ShardPath, index_dir: Path) -> SourceFacts:
     """Writes `source.json`, the columns and `damaged.jsonl` from the sidecars.
 
     Raises:
-        UserError: a sidecar is missing, or sidecars disagree about kind or tokenizer; or no sample can be used.
+        UserError: a sidecar is missing, or sidecars disagree about kind or tokenizer; no sample can be used; the folder holds the merged
+            index of another source.
         TryAgainError: the file system failed, or a shard was indexed meanwhile.
     """
     shards = list_shards(source)
@@ -72,6 +73,8 @@ def merge(source: ShardPath, index_dir: Path) -> SourceFacts:
     if missing:
         raise UserError(f"{len(missing)} of {len(shards)} shards have no index, first {missing[0].name} ({again})")
     facts = [require_facts(sidecar_path(s, index_dir), source) for s in shards]
+    for sidecar in _merged_before(source, index_dir)[:1]:  # it stands for all: they are of one source
+        require_own(sidecar, read_facts(sidecar), str(source.resolve()))
     changed = [s.name for s, f in zip(shards, facts, strict=True) if s.stat().st_size != f["size"]]
     if changed:
         raise UserError(f"{changed[0]} changed since it was indexed ({again})")
@@ -94,6 +97,14 @@ def merge(source: ShardPath, index_dir: Path) -> SourceFacts:
         raise UserError(f"cannot write {folder}: {error.strerror} (free space, or choose another folder: --index-dir)") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _merged_before(source: ShardPath, index_dir: Path) -> list[Path]:
+    """The sidecars that the last merge took; none where there was none that can be read."""
+    try:
+        return [sidecar_path(source / name, index_dir) for name in json.loads((index_dir / SOURCE_FILE).read_bytes())["shards"]]
+    except (OSError, ValueError, LookupError):
+        return []
 
 
 def source_digest(facts: list[dict[str, Any]]) -> str:

@@ -8,7 +8,7 @@ COLUMNS = {
     "shard": ("shard", "file name of its tar"),
     "bytes": ("size", "bytes in the tar, headers included"),
     "tokens": ("list_sum([e.tokens for e in elements])", "text tokens"),
-    "texts": ("len([1 for e in elements if e.width = 0])", "text elements"),
+    "texts": ("len([1 for e in elements if e.width = 0 and e.digest is not null])", "text elements"),
     "images": ("len([1 for e in elements if e.width > 0])", "images"),
     "width_min": ("list_min([e.width for e in elements if e.width > 0])", "pixels of the narrowest image; null without images"),
     "width_max": ("list_max([e.width for e in elements if e.width > 0])", "pixels of the widest"),

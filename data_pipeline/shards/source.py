@@ -159,7 +159,7 @@ class ShardSource:
 
     def shard_keys(self, shard: int) -> pa.ChunkedArray:
         """Keys of a shard's samples, in order, from its sidecar: for people and ledgers, not for the hot path."""
-        return read_index(sidecar_path(self.path / self.facts.shards[shard], self.index_dir), self.path).table["key"]
+        return read_index(sidecar_path(self.path / self.facts.shards[shard], self.index_dir), self.path, ["key"]).table["key"]
 
     def find(self, key: str) -> list[int]:
         """Rows with this key, one a shard at most but for duplicates; reads sidecar after sidecar."""

@@ -35,12 +35,15 @@ class Verified:
     samples: int = 0
     bytes: int = 0
     wrong: list[Mismatch] = field(default_factory=list)
+    unread: list[Mismatch] = field(default_factory=list)
+    """Where the file system failed: nothing is known of these and of what follows in their shards."""
 
     def add(self, other: "Verified") -> None:
         """Takes in the other's counts."""
         self.samples += other.samples
         self.bytes += other.bytes
         self.wrong += other.wrong
+        self.unread += other.unread
 
 
 def verify_shard(shard: int, source: ShardSource, share: float) -> Verified:
@@ -61,31 +64,35 @@ def verify_shard(shard: int, source: ShardSource, share: float) -> Verified:
             reader.read(at)
             continue
         except BadSample as error:
-            reason, lost = str(error), False
+            listed, reason = found.wrong, str(error)
         except TryAgainError as error:
-            reason, lost = f"cannot be read, the rest of the shard was not checked: {error}", True
+            listed, reason = found.unread, f"the rest of the shard was not checked: {error}"
         if keys is None:
             keys = source.shard_keys(shard)
-        found.wrong.append(Mismatch(source.facts.shards[shard], keys[row - first].as_py(), at.offset, at.size, reason))
-        if lost:
+        listed.append(Mismatch(source.facts.shards[shard], keys[row - first].as_py(), at.offset, at.size, reason))
+        if listed is found.unread:
             break
     return found
 
 
 def print_verified(source: ShardSource, shards: int, found: Verified) -> None:
-    """Prints what was read, and every sample that is not what was indexed."""
+    """Prints what was read, and every sample that is not what was indexed or could not be read."""
     console = Console(highlight=False)
     share = len(found.wrong) / max(1, found.samples)
     read = f"{source.path}: {found.samples:,} samples, {found.bytes / 1e6:,.1f} MB in {shards:,} shards read"
-    if not found.wrong:
+    if not found.wrong and not found.unread:
         console.print(Text(f"{read}, all as indexed", "green"), soft_wrap=True)
         return
-    console.print(Text(f"{read}, {len(found.wrong):,} ({share:.2%}) not as indexed", "bold red"), soft_wrap=True)
+    unread = f", {len(found.unread):,} not to their end" if found.unread else ""
+    style = "bold red" if found.wrong else "yellow"
+    console.print(Text(f"{read}{unread}, {len(found.wrong):,} ({share:.2%}) not as indexed", style), soft_wrap=True)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for column in ("shard", "key", "bytes", "reason"):
         table.add_column(column, overflow="fold")
-    for m in found.wrong:
+    for m in [*found.wrong, *found.unread]:
         table.add_row(Text(m.shard), Text(m.key), f"{m.offset}+{m.size}", Text(m.reason))
     console.print(table)
+    if not found.wrong:
+        return
     again = f"xc-data index {source.path} --tokenizer FOLDER{index_option(source.path, source.index_dir)}"
     console.print(f"index what is there: {again}; or bring the shards back", soft_wrap=True)

@@ -143,7 +143,8 @@ def test_a_config_that_is_not_there_is_a_mistake(tmp_path, mistake):
 
 
 def test_a_page_that_cannot_be_written_is_a_mistake(config, tmp_path, mistake):
-    assert "cannot write" in mistake("preview", config, "--packs", 1, "-o", tmp_path / "no" / "page.html")
+    for folder in (tmp_path / "no", config):  # which is a file
+        assert "cannot write" in mistake("preview", config, "--packs", 1, "-o", folder / "page.html")
     assert "--packs 0" in mistake("preview", config, "--packs", 0, "-o", tmp_path / "page.html")
 
 

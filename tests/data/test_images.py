@@ -47,6 +47,16 @@ def test_exif_orientation_is_applied(orientation, first):
     assert near(image.getpixel((2, 2)), first)
 
 
+def test_an_orientation_behind_the_pixels_turns_neither_the_picture_nor_its_size_in_the_index():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(halves(), "PNG", exif=exif)
+    at = data.index(b"eXIf") - 4
+    chunk = data[at : at + 12 + int.from_bytes(data[at : at + 4], "big")]
+    behind = data.replace(chunk, b"").replace(b"\0\0\0\0IEND", chunk + b"\0\0\0\0IEND")
+    assert (decode(data).size, decode(behind).size) == ((20, 40), (40, 20)) == (image_size(data), image_size(behind))
+
+
 def test_an_exif_block_that_cannot_be_read_loses_no_picture(monkeypatch):
     def fail(_: object) -> None:
         raise struct.error("unpack requires a buffer of 2 bytes")

@@ -138,6 +138,14 @@ def test_obelics_documents_keep_their_order_and_name_the_images_that_are_gone(tm
     assert (first_left_out["row"], url(97) in first_left_out["reason"]) == (0, True)
 
 
+@pytest.mark.parametrize("images", [[[{"bytes": b"x", "path": "p"}, None]], [[b"x", None]]])
+def test_obelics_images_that_are_no_names_are_refused_in_words(tmp_path, images, xc_import):
+    pq.write_table(pa.table({"images": images, "texts": [[None, "a caption"]]}), tmp_path / "a.parquet")
+    (tmp_path / "images").mkdir()
+    said = xc_import("obelics", tmp_path / "a.parquet", tmp_path / "shards", "--images", tmp_path / "images", code=2)
+    assert "neither text nor null" in said
+
+
 def test_mmc4_documents_have_each_image_before_its_sentence(tmp_path, demo, images, xc_import, xc_data):
     info = [
         {"image_name": f"{i}.png", "raw_url": url(i), "matched_text_index": at, "matched_sim": 0.3} for i, at in ((0, 2), (1, 0), (2, 2))

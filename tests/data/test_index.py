@@ -91,6 +91,34 @@ def test_a_second_source_with_the_same_index_dir_is_refused_and_leaves_the_first
     assert index_shard(pairs, index_dir, Kind.pair, TOKENIZER), "the source's own shard that has changed is indexed again"
 
 
+def test_a_merge_leaves_what_was_merged_of_another_source_in_the_same_folder(pairs, tmp_path):
+    index_dir, other = tmp_path / "index", tmp_path / "other"
+    index_shard(pairs, index_dir, Kind.pair, TOKENIZER)
+    merge(pairs.parent, index_dir)
+    before = (index_dir / "source.json").read_bytes()
+    other.mkdir()
+    write_tar(other / "z.tar", make_pairs(2))
+    index_shard(other / "z.tar", index_dir, Kind.pair, TOKENIZER)
+    with pytest.raises(UserError, match=rf"is the index of a shard of {pairs.parent}, not of {other} \(give each source an --index-dir"):
+        merge(other, index_dir)
+    assert (index_dir / "source.json").read_bytes() == before
+
+
+def test_an_index_beside_its_shards_is_no_other_sources(pairs, tmp_path):
+    index_shard(pairs, pairs.parent, Kind.pair, TOKENIZER)
+    other = tmp_path / "other"
+    other.mkdir()
+    write_tar(other / pairs.name, make_pairs(2))
+    with pytest.raises(UserError, match=rf"is the index of a shard of {pairs.parent}, not of {other}"):
+        index_shard(other / pairs.name, pairs.parent, Kind.pair, TOKENIZER)
+
+
+def test_an_index_folder_that_is_none_is_one_line(pairs, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(UserError, match=r"cannot write the index .*choose another folder: --index-dir"):
+        index_shard(pairs, tmp_path / "file", Kind.pair, TOKENIZER)
+
+
 def test_a_source_that_cannot_be_read_now_is_no_other_user_error(pairs, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")

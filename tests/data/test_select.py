@@ -15,7 +15,7 @@ from demo_data import SEED, data_config, run, segments_of
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
-from tars import cut, make_document, make_image, make_pairs, write_tar
+from tars import cut, make_conversation, make_document, make_image, make_pairs, write_tar
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.errors import UserError
@@ -91,6 +91,13 @@ def test_a_query_sees_the_documented_columns_of_each_sample(tmp_path, index):
         "key <> 'a' -- a remark": "bcd",
     }.items():
         assert "".join(chosen(tmp_path, where)) == keys, where
+
+
+def test_texts_of_a_conversation_are_what_is_said(tmp_path, index):
+    turns = [("user", "what is it?"), ("assistant", "a saw"), ("user", "and this?"), ("assistant", "a bull")]
+    write_tar(tmp_path / "a.tar", [*make_conversation("a", turns[:2], []), *make_conversation("b", turns, [])])
+    index(tmp_path)
+    assert [chosen(tmp_path, f"texts = {n}") for n in (2, 4)] == [["a"], ["b"]]
 
 
 def test_help_names_every_column(xc_data, capsys):

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 from tars import cut, make_pairs, overwrite, write_tar
+from worker_faults import FailingReads
 
+from data_pipeline.read import storage
 from data_pipeline.shards.index import read_index, sidecar_path
 from data_pipeline.shards.source import ShardSource
 from data_pipeline.shards.verify import verify_shard
@@ -72,6 +74,15 @@ def test_shards_that_were_cut_or_are_gone_are_named_sample_by_sample(source, ver
     assert found.keys() == {(f"{n}.tar", f"{n}k{i}") for n in "ac" for i in range(PAIRS)}
     assert all(found["a.tar", f"ak{i}"].startswith("shard changed since it was indexed") for i in range(PAIRS))
     assert {found["c.tar", f"ck{i}"] for i in range(PAIRS)} == {"shard is missing"}
+
+
+def test_what_cannot_be_read_now_is_not_called_changed(source, verify, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "os", FailingReads())
+        code, found = verify()
+    assert (code, list(found)) == (75, [(f"{n}.tar", f"{n}k0") for n in "abc"])
+    assert all("Connection timed out" in reason for reason in found.values())
+    assert verify() == (0, {})
 
 
 def test_tasks_share_the_shards_out(source, verify):
