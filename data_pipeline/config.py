@@ -10,6 +10,10 @@ from typing import Any
 
 from omegaconf import MISSING
 
+OVERHEAD = 2
+"""Tokens of a segment beside its elements' own: begin and end. A piece that does not end its sample has no end token and stays one under
+its count (data_pipeline/text/templates.py)."""
+
 
 class MixUnit(Enum):
     """What the weights of `data.sources` count."""

@@ -10,7 +10,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import TryAgainError, UserError
 
 COMMENT = "xc-slurm "
 """Begins the comment of our jobs; the run directory follows."""
@@ -116,15 +116,27 @@ def largest_node() -> str:
     return "; ".join(f"partition {name} has {gpus} GPUs a node" for name, gpus in sorted(gpus_by_partition().items()) if name)
 
 
+def node_names() -> set[str]:
+    """The nodes of the cluster; none where it does not say."""
+    return set(run("sinfo", "--all", "--Node", "--noheader", "--format=%N").stdout.split())
+
+
 def find(job: str) -> Job | None:
-    """A job from squeue, else scontrol (a while after its end), else sacct (where the site keeps accounts)."""
-    return _queued(f"--jobs={job}") or _remembered(job) or _accounted(job)
+    """A job from squeue, else scontrol (a while after its end), else sacct (where the site keeps accounts).
+
+    Raises:
+        TryAgainError: Slurm does not answer.
+    """
+    return next(iter(_queued(f"--jobs={job}")), None) or _remembered(job) or _accounted(job)
 
 
 def own_jobs() -> list[Job]:
-    """The jobs of this user that `xc-slurm submit` made and that have not ended."""
-    result = run("squeue", "--noheader", "--me", f"--format={_FORMAT}")
-    return [job for line in result.stdout.splitlines() if (job := _parse(line)).run_dir]
+    """The jobs of this user that `xc-slurm submit` made and that have not ended.
+
+    Raises:
+        TryAgainError: Slurm does not answer.
+    """
+    return [job for job in _queued("--me") if job.run_dir]
 
 
 _FORMAT = "%i|%T|%r|%M|%L|%N|%S|%k"
@@ -137,9 +149,11 @@ def _parse(line: str) -> Job:
     return Job(job, state, "" if reason == "None" else reason, elapsed, left, nodes, "squeue", run_dir, starts)
 
 
-def _queued(which: str) -> Job | None:
-    lines = run("squeue", "--noheader", which, f"--format={_FORMAT}").stdout.splitlines()
-    return _parse(lines[0]) if lines else None
+def _queued(which: str) -> list[Job]:
+    result = run("squeue", "--noheader", which, f"--format={_FORMAT}")
+    if result.returncode and "Invalid job id" not in result.stderr:
+        raise TryAgainError(f"squeue: {_last_line(result.stderr)} (slurmctld may be away for some minutes: run the same again)")
+    return [_parse(line) for line in result.stdout.splitlines()]
 
 
 def _remembered(job: str) -> Job | None:

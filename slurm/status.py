@@ -13,14 +13,16 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data_pipeline import jsonl
-from data_pipeline.errors import EXIT_DONE, UserError
+from data_pipeline.errors import EXIT_DONE, TryAgainError, UserError
 from slurm import client
 from slurm.client import Job
 from slurm.job_dir import JobDir, newest_checkpoint
 from train.run_dir import read_json
+
+Answer = TypeVar("Answer")
 
 TAIL_BYTES = 1 << 18
 WATCH_S = 5.0
@@ -32,13 +34,14 @@ def status(run_dir: str | None, watch: bool) -> int:
 
     Raises:
         UserError: the directory is no run.
+        TryAgainError: Slurm does not answer.
     """
     show: Callable[[], tuple[str, bool]] = _all_runs if run_dir is None else partial(describe, JobDir.existing(run_dir))
     text, alive = show()
     print(text, flush=True)
     while watch and alive:
         time.sleep(WATCH_S)
-        text, alive = show()
+        text, alive = _patiently(show)
         print(("\033[H\033[J" if sys.stdout.isatty() else "\n") + text, flush=True)
     return EXIT_DONE
 
@@ -72,6 +75,7 @@ def stop(run_dir: str) -> int:
 
     Raises:
         UserError: it has no job that could end.
+        TryAgainError: Slurm does not answer.
     """
     job_dir = JobDir.existing(run_dir)
     job_id = job_dir.job_id()
@@ -84,7 +88,7 @@ def stop(run_dir: str) -> int:
     else:
         print(f"job {job.id} ends after this step, with a checkpoint ...", flush=True)
     deadline = time.monotonic() + STOP_WAIT_S
-    while (now := client.find(job.id)) and not now.ended:
+    while (now := _patiently(partial(client.find, job.id))) and not now.ended:
         if time.monotonic() > deadline:
             print(f"job {job.id} is still {now.state}; scancel {job.id} ends it without another checkpoint", file=sys.stderr)
             return EXIT_DONE
@@ -107,6 +111,22 @@ def logs(run_dir: str, rank: int | None, follow: bool) -> int:
         raise UserError(f"no {file.name} in {job_dir.run.logs} ({have})")
     sys.stdout.flush()
     return subprocess.run(["tail", "--lines=+1", *(["--follow=name", "--retry"] if follow else []), "--", str(file)]).returncode
+
+
+def _patiently(ask: Callable[[], Answer]) -> Answer:
+    """The answer of a Slurm that may be away for some minutes: that is no end of a job.
+
+    Raises:
+        TryAgainError: it was away for `STOP_WAIT_S`.
+    """
+    deadline = time.monotonic() + STOP_WAIT_S
+    while True:
+        try:
+            return ask()
+        except TryAgainError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(WATCH_S)
 
 
 def tail_metrics(file: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline import jsonl
+from data_pipeline.config import OVERHEAD
 from data_pipeline.errors import EXIT_DONE, UserError
 from slurm import client
 from slurm import config as slurm_config
@@ -92,9 +93,13 @@ def plan(path: str, overrides: Sequence[str], dry_run: bool, earlier: Sequence[s
     place = Place(Path(config.run.dir).resolve(), Path.cwd(), sys.executable)
     check(config, settings, place, earlier)
     cordoned = {entry["node"]: entry["reason"] for entry in jsonl.read(settings.cordon_file)}
-    excluded = list(dict.fromkeys([*settings.exclude, *cordoned]))
+    nodes = client.node_names() or cordoned.keys()
+    excluded = list(dict.fromkeys([*settings.exclude, *(node for node in cordoned if node in nodes)]))  # of a strange one sbatch takes none
     script = render(config.run.name, settings, place, excluded, evaluate=bool(configure.held_out(config)))
-    for line in [*wasteful(config, settings), *(f"not used: {node}, {why} ({settings.cordon_file})" for node, why in cordoned.items())]:
+    for line in [
+        *wasteful(config, settings),
+        *(f"not used: {node}, {why} ({settings.cordon_file})" for node, why in cordoned.items() if node in nodes),
+    ]:
         print(f"note: {line}", file=sys.stderr)
     if dry_run:
         print(script, end="", flush=True)
@@ -125,8 +130,10 @@ def check(config: Config, settings: SlurmConfig, place: Place, earlier: Sequence
         UserError: what cannot work, and the cure.
     """
     _check_settings(settings)
-    if re.search(r"[\n\r\\\"]", str(place.run)):
-        raise UserError(f"run.dir: {str(place.run)!r} has a character that Slurm gives a meaning of its own (choose another name)")
+    if re.search(r"[\n\r\\\":]" if not settings.container else r"[\n\r\\\":,]", str(place.run)):
+        raise UserError(
+            f"run.dir: {str(place.run)!r} has a character that Slurm or PYTHONPATH gives a meaning of its own (choose another name)"
+        )
     if "\n" in config.run.name or not config.run.name:
         raise UserError("run.name must be one line (change it)")
     file_system = _file_system(place.run)
@@ -146,11 +153,11 @@ def check(config: Config, settings: SlurmConfig, place: Place, earlier: Sequence
         for name in ("source.json",) if key == "evaluate.text" else ("source.json", "candidates.json"):
             if not (place.cwd / folder / name).exists():
                 raise UserError(f"{key}: no {name} in {place.cwd / folder} (mend the path)")
-    largest = config.data.images.most_tokens
-    if kinds - {"text"} and largest >= config.data.context:
+    needed = config.data.images.most_tokens + OVERHEAD
+    if kinds - {"text"} and needed > config.data.context:
         raise UserError(
-            f"data.context: {config.data.context} tokens do not hold the largest image of {largest} "
-            f"(set data.context above {largest}, or make images smaller)"
+            f"data.context: {config.data.context} tokens do not hold the largest image of {needed} "
+            f"(set data.context to {needed} at least, or make images smaller)"
         )
     if not (place.cwd / config.data.tokenizer / "tokenizer.json").exists():
         raise UserError(f"data.tokenizer: no tokenizer.json in {place.cwd / config.data.tokenizer} (mend the path)")

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_pipeline.config import OVERHEAD
 from data_pipeline.samples import AnswerEndElement, BadSample, Element, ImageElement, MarkerElement, Role, TextElement, TurnElement
 from data_pipeline.text.tokenizer import Tokenizer
 
-OVERHEAD = 2
-"""Begin and end token; a piece that does not end its sample has no end token and stays one under its count."""
 VERSION = "plain-1"
 """Part of the plan digest: another way to render is another batch. Where lengths change too, so must the index's version."""
 

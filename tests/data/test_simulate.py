@@ -86,7 +86,7 @@ def test_the_length_of_a_run_is_walked_estimated_or_given(demo, tmp_path):
     given_length = simulate(config, ["data.unit=samples", "train.steps=40"], 2, 10, None)
     assert (given_length.run_steps, len(given_length.steps), given_length.ended) == (40, 10, False)
     assert len(simulate(config, ["data.unit=samples", "train.steps=7"], 2, None, None).steps) == 7
-    assert simulate(config, ["data.unit=samples", "train.steps=7", "data.unit=epochs", "train.steps=null"], 2, None, None).ended
+    assert len(simulate(config, ["train.steps=7", "train.steps=null"], 2, None, None).steps) == len(whole.steps)
     endless = simulate(config, ["data.unit=samples"], 2, 3, None)
     assert (endless.run_steps, endless.ended) == (None, False)
 

@@ -1,16 +1,19 @@
 """`xc-slurm submit`: refusals come before anything is written, and a job runs what was submitted, under the name that was given."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
 from slurm_runs import without_torch
 
 from data_pipeline import jsonl
-from data_pipeline.errors import EXIT_USER
+from data_pipeline.errors import EXIT_TRY_AGAIN, EXIT_USER
 from slurm import config as slurm_config
 from slurm.cli import main
 from slurm.job_dir import JobDir
@@ -34,9 +37,10 @@ from train.run_dir import RunDir
         ("slurm.env={a b: x}", "slurm.env"),
         ("slurm.sbatch=[rm]", "slurm.sbatch"),
         ("run.dir=/dev/shm/run", "run.dir"),
+        ("run.dir=at-10:30", "run.dir"),
         ("run.init_from=/nowhere", "run.init_from"),
-        ("data.context=1", "data.context"),
-        ("data.images.policy=partition; data.images.most_tiles=100; model.projector.marks=true", "the largest image of 203"),
+        ("data.context=2", "data.context"),
+        ("data.images.policy=partition; data.images.most_tiles=100; model.projector.marks=true", "the largest image of 205"),
         ("data.tokenizer=/nowhere", "data.tokenizer"),
         ("data.sources.pairs.path=/nowhere", "data.sources.pairs"),
         ("evaluate.splits={birds: /nowhere}", "evaluate.splits.birds: no source.json"),
@@ -86,6 +90,30 @@ def test_a_dry_run_prints_the_script_asks_sbatch_writes_nothing_and_needs_no_tor
     assert "do not divide by 2 ranks" in dry.stderr
     assert not stage.path.exists()
     assert cluster.run("squeue", "--noheader") == ""
+
+
+def test_a_cordoned_node_of_another_cluster_keeps_no_job_out(cluster, slurm_stage, tmp_path):
+    stage = slurm_stage(environment=cluster.environment)
+    nodes = ("of-another-cluster", "node03")
+    jsonl.append(tmp_path / "cordon.jsonl", [{"node": node, "reason": "it burns", "job": "3"} for node in nodes])
+    dry = stage.command("submit", str(stage.config), "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert "#SBATCH --exclude=node03\n" in dry.stdout
+    assert [line.split(":")[1] for line in dry.stderr.splitlines() if "it burns" in line] == [" not used"]
+
+
+def test_a_controller_that_is_away_is_no_end_of_a_job(cluster, slurm_stage, tmp_path):
+    stage = slurm_stage(environment=cluster.environment, slurm={"sbatch": ["--hold"]})
+    job = stage.submit()
+    conf = Path(cluster.environment["SLURM_CONF"]).read_text().replace("MessageTimeout=10", "MessageTimeout=2")
+    (tmp_path / "slurm.conf").write_text(re.sub(r"(?m)^SlurmctldPort=.*$", "SlurmctldPort=9", conf))
+    away = replace(stage, environment={**cluster.environment, "SLURM_CONF": str(tmp_path / "slurm.conf")})
+    for command in (("status", str(stage.path)), ("status",), ("stop", str(stage.path)), ("submit", str(stage.config))):
+        ended = away.command(*command)
+        assert ended.returncode == EXIT_TRY_AGAIN, command
+        assert ended.stderr.splitlines()[-1].startswith("error: squeue: ")
+    assert not (stage.path / "stop").exists()
+    cluster.run("scancel", job)
 
 
 def test_a_name_is_only_a_name_and_the_job_runs_the_code_and_config_that_were_submitted(cluster, slurm_stage, tmp_path):
