@@ -8,7 +8,7 @@ from fractions import Fraction
 from math import isqrt
 from typing import Any
 
-from data_pipeline.config import DataConfig, ImageConfig, ImageRule, as_plain
+from data_pipeline.config import OVERHEAD, DataConfig, ImageConfig, ImageRule, as_plain
 from data_pipeline.errors import UserError
 from data_pipeline.plan.columns import Budgets, ImagePolicy
 from data_pipeline.plan.origin import Origin
@@ -57,7 +57,7 @@ def open_data(config: DataConfig, seed: int, steps: int | None = None, origin: O
     for source in sources:
         source.require_tokenizer(tokenizer.digest)
     policy = image_policy(config.images)
-    needed = policy.most_tokens + templates.OVERHEAD
+    needed = policy.most_tokens + OVERHEAD
     if needed > config.context and any(s.images for s in sources):
         raise UserError(f"data.context: {config.context} tokens do not hold an image of {needed} (raise data.context)")
     try:
@@ -67,7 +67,7 @@ def open_data(config: DataConfig, seed: int, steps: int | None = None, origin: O
             config.unit.value,
             Budgets(config.context, config.images_per_pack, config.segments_per_pack),
             policy,
-            [templates.OVERHEAD] * len(sources),
+            [OVERHEAD] * len(sources),
             config.window,
             config.global_batch,
             seed,

@@ -1,6 +1,6 @@
 """How a sample reads: begin, elements in order, end; and which of its tokens are supervised.
 
-Invariant: rendering costs exactly the tokens that the plan counted: `OVERHEAD` and the elements' own lengths, each encoded alone by
+Invariant: rendering costs exactly the tokens that the plan counted: `config.OVERHEAD` and the elements' own lengths, each encoded alone by
 `encode`, which the index uses too. Image positions are never targets. Of pairs, documents and plain text every word and the end are;
 of conversations what the assistant says, and that it stops.
 """
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.config import OVERHEAD
 from data_pipeline.samples import AnswerEndElement, BadSample, Element, ImageElement, MarkerElement, Role, TextElement, TurnElement
 from data_pipeline.text.tokenizer import Tokenizer
 

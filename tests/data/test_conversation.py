@@ -16,13 +16,13 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
 from data_pipeline.batch import IGNORE, Segment, assemble
-from data_pipeline.config import DataConfig, ImageConfig, MixUnit, SourceConfig
+from data_pipeline.config import OVERHEAD, DataConfig, ImageConfig, MixUnit, SourceConfig
 from data_pipeline.opened import open_data
 from data_pipeline.plan.columns import ELEMENT, Budgets, ImagePolicy
 from data_pipeline.plan.split import split
 from data_pipeline.read.materialise import Materialiser
 from data_pipeline.samples import PLACEHOLDER, BadSample, ImageElement, Kind, TextElement, parse
-from data_pipeline.text.templates import OVERHEAD, VERSION, Bounds, chat_format, encode, render, whole
+from data_pipeline.text.templates import VERSION, Bounds, chat_format, encode, render, whole
 from data_pipeline.text.tokenizer import Tokenizer
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"

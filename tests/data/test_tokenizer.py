@@ -8,13 +8,14 @@ from demo_data import SEED, data_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.config import OVERHEAD
 from data_pipeline.errors import UserError
 from data_pipeline.opened import open_data
 from data_pipeline.plan.columns import Budgets, ImagePolicy
 from data_pipeline.plan.split import split
 from data_pipeline.read.materialise import Materialiser
 from data_pipeline.samples import TextElement
-from data_pipeline.text.templates import OVERHEAD, Bounds, render, whole
+from data_pipeline.text.templates import Bounds, render, whole
 from data_pipeline.text.tokenizer import Tokenizer
 
 IMAGE_TOKENS = 4

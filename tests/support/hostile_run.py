@@ -22,7 +22,7 @@ import pyarrow as pa
 from hostile import Case, case
 
 from data_pipeline.batch import Segment
-from data_pipeline.config import ImageConfig
+from data_pipeline.config import OVERHEAD, ImageConfig
 from data_pipeline.errors import UserError
 from data_pipeline.plan.columns import Budgets, ImagePolicy
 from data_pipeline.plan.split import Pieces, split
@@ -30,7 +30,6 @@ from data_pipeline.read.materialise import Materialiser
 from data_pipeline.shards.index import OK, index_shard, read_index, sidecar_path
 from data_pipeline.shards.merge import merge
 from data_pipeline.shards.source import ShardSource
-from data_pipeline.text.templates import OVERHEAD
 from data_pipeline.text.tokenizer import Tokenizer
 
 DEADLINE = 60
