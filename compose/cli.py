@@ -25,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="xc-compose",
         description="Talk to a trained model about pictures, and have it write articles with pictures out of a collection.",
-        epilog="After make demo: xc-compose chat runs/demo/sft --ask 'what is this? apple.png'",
+        epilog="After make demo: xc-compose chat runs/demo/sft --ask 'what is this? PICTURE'",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

@@ -78,8 +78,8 @@ _AS_WRITTEN = argparse.RawDescriptionHelpFormatter
 _SUBMIT = """Refuses what cannot work, then freezes config and code in the run directory, beside job.sbatch, and submits that.
 The job is requeued after a time limit, a preemption, a crash or a dead node, and goes on from its newest checkpoint.
 
-  xc-slurm submit configs/pretrain_7b.yaml slurm.nodes=16 --dry-run
-  xc-slurm submit configs/pretrain_7b.yaml slurm.nodes=16 slurm.partition=train"""
+  xc-slurm submit configs/pretrain_7b.yaml slurm.nodes=8 --dry-run
+  xc-slurm submit configs/pretrain_7b.yaml slurm.nodes=8 slurm.partition=train"""
 
 _CHAIN = """Each stage waits until the one before has finished, however many lives that takes; a stage that fails cancels those behind it.
 A stage that is finished already is passed over, so the same command goes on after a mistake was mended.
@@ -92,7 +92,7 @@ A task whose node dies, or whose storage fails for a while, is requeued. Submitt
 _STATUS = """State, life, step, loss, speed, time left, last checkpoint, and why it waits: from squeue, else scontrol, else sacct, and from
 the run directory."""
 _STOP = """The run ends after its current step with a checkpoint, and its job is not requeued; a job that waits is taken out of the queue.
-`touch RUN/stop` does the same for whoever may write there. The same xc-slurm submit goes on."""
+`touch RUN/stop` does so for a job that runs, for whoever may write there. The same xc-slurm submit goes on."""
 _LOGS = "All lives are in one file, in order; each begins with a line that says when, where and in which job."
 
 
