@@ -8,10 +8,10 @@ import errno
 import sys
 from collections.abc import Callable, Sequence
 
-from data_pipeline.errors import EXIT_DONE, EXIT_USER, TryAgainError, UserError
+from data_pipeline.errors import EXIT_DONE, EXIT_USER, STORAGE_ERRORS, TryAgainError, UserError
 
-_OF_PATHS = (errno.EACCES, errno.ENAMETOOLONG)
-"""What pathlib raises of a path that is only asked whether it is there."""
+_FOR_THE_USER = (*STORAGE_ERRORS, errno.ENAMETOOLONG)
+"""The last is what pathlib raises of a path that is only asked whether it is there."""
 
 
 def command_line(run: Callable[[], int]) -> int:
@@ -24,9 +24,12 @@ def command_line(run: Callable[[], int]) -> int:
     except BrokenPipeError:
         return EXIT_DONE
     except OSError as error:
-        if error.errno not in _OF_PATHS:
+        if error.errno not in _FOR_THE_USER:
             raise
-        print(f"error: {error.filename}: {error.strerror} (check the path)", file=sys.stderr)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        print(
+            f"error: {error.filename or 'cannot write'}: {error.strerror} ({'free space' if full else 'check the path'})", file=sys.stderr
+        )
         return EXIT_USER
 
 

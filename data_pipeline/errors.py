@@ -4,11 +4,16 @@ Everything a user can mend is raised as `UserError`, whose text says what is wro
 as one line and exit with its code.
 """
 
+import errno
+
 EXIT_DONE = 0
 EXIT_CRASH = 1
 EXIT_USER = 2
 EXIT_NEEDS_PERSON = 70
 EXIT_TRY_AGAIN = 75
+
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+"""What a file system says and the user mends: by making room, or by rights."""
 
 
 class UserError(Exception):

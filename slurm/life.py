@@ -144,7 +144,7 @@ def stalled(attempts: Sequence[dict[str, Any]], newest: int) -> int:
     counted, known = 0, set[str]()
     for line in attempts:
         nodes = set(line.get("nodes", ())) if line["event"] == "excluded" else set[str]()
-        if line["checkpoint"] >= newest:
+        if line["checkpoint"] == newest:
             counted += (line["event"] == "begin") - (line["event"] == "taken") - bool(nodes - known)
         known |= nodes
     return counted

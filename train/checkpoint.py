@@ -152,7 +152,8 @@ class Writer:
 def find(run: RunDir, ranks: Ranks, say: Callable[[str], None]) -> Path | None:
     """The newest complete checkpoint; all ranks call it. Rank 0 looks what there is, and each file is hashed by one rank.
 
-    What an earlier life could not finish is removed. `say` tells the user what is passed over, and why.
+    What an earlier life could not finish is removed. `say` tells the user what is passed over, and why; it is renamed, so that nothing
+    takes it for the newest again, or keeps it instead of a whole one.
     """
     if ranks.rank == 0:
         for partial in run.checkpoints.glob(".*.partial"):
@@ -165,7 +166,10 @@ def find(run: RunDir, ranks: Ranks, say: Callable[[str], None]) -> Path | None:
         if found is None:
             return folder
         if ranks.rank == 0:
-            say(f"passed over checkpoint {name}: {found}")
+            aside = folder.with_name(f"damaged-{name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            say(f"passed over checkpoint {name}: {found} (it is {aside.name} now)")
     return None
 
 
@@ -205,6 +209,10 @@ def load(folder: Path, engine: Engine, ranks: Ranks, state: TrainState, run: Run
         torch.cuda.set_rng_state(found["cuda"])
 
 
+_AS_GIVEN = {"torch.bfloat16": "bf16", "torch.float32": "fp32"}
+"""What `train.precision` calls a number format."""
+
+
 def require_same(state: TrainState, now: TrainState, folder: Path) -> None:
     """Refuses a checkpoint that this run cannot go on from.
 
@@ -222,10 +230,9 @@ def require_same(state: TrainState, now: TrainState, folder: Path) -> None:
     if not reshape.goes_on(state.zero_stage, state.dtype, now.zero_stage, state.world == now.world):
         fixed += [("zero_stage", "deepspeed.stage"), ("world", "--procs")]
     for name, key in fixed:
-        if getattr(state, name) != getattr(now, name):
-            raise UserError(
-                f"{folder} was written with {key} {getattr(state, name)}, not {getattr(now, name)}: use the same, or a new run.dir"
-            )
+        before, ours = (_AS_GIVEN.get(value, value) for value in (getattr(state, name), getattr(now, name)))
+        if before != ours:
+            raise UserError(f"{folder} was written with {key} {before}, not {ours}: use the same, or a new run.dir")
 
 
 class _Digested:
@@ -348,15 +355,25 @@ def _listed(folder: Path) -> list[tuple[str, str]] | str:
         return "manifest.json is damaged"
     for name, size, _ in facts:
         path = folder / name
-        if not path.exists():
+        try:
+            found = path.stat().st_size
+        except FileNotFoundError:
             return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, not {size}"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        if found != size:
+            return f"{name} has {found} bytes, not {size}"
     return [(name, digest) for name, _, digest in sorted(facts, key=lambda of: -of[1])]
 
 
 def _damage(folder: Path, files: Sequence[tuple[str, str]]) -> str | None:
-    return next((f"{name} is damaged" for name, digest in files if file_digest(folder / name) != digest), None)
+    for name, digest in files:
+        try:
+            if file_digest(folder / name) != digest:
+                return f"{name} is damaged"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+    return None
 
 
 def _rng_state() -> dict[str, torch.Tensor]:

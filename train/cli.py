@@ -12,7 +12,7 @@ from pathlib import Path
 from data_pipeline.command_line import command_line, parse
 from data_pipeline.errors import EXIT_DONE, UserError
 from train.config import Config
-from train.run_dir import RunDir, write_atomic
+from train.run_dir import RunDir
 
 GPU_DRIVERS = ("/proc/driver/nvidia", "/dev/kfd")
 """One of these is where a machine has GPUs."""
@@ -119,7 +119,7 @@ def _run(args: argparse.Namespace) -> int:
     if not paths:
         raise UserError("xc-train run needs at least one CONFIG (the repository's own are in configs/)")
     configs = [configure.load(path, overrides) for path in paths]
-    dirs = [c.run.dir for c in configs]
+    dirs = [Path(c.run.dir).resolve() for c in configs]
     if len(set(dirs)) < len(dirs):
         raise UserError(f"two stages share run.dir {next(d for d in dirs if dirs.count(d) > 1)} (give each its own)")
     procs = _ranks(args.procs)
@@ -134,7 +134,7 @@ def _run(args: argparse.Namespace) -> int:
     if not prepared():
         prepare_deepspeed()
     for config in configs:
-        run = _made(config)
+        run = RunDir(config.run.dir)
         if not (run.final / "manifest.json").exists():
             code = run_stage(config, procs)
             if code != EXIT_DONE:
@@ -145,7 +145,7 @@ def _run(args: argparse.Namespace) -> int:
             code = _evaluate_apart(run.path)
             if code != EXIT_DONE:
                 return code
-    last = Path(dirs[-1])
+    last = Path(configs[-1].run.dir)
     print(f"next: xc-train report {last.parent if len(dirs) > 1 else last}")
     return EXIT_DONE
 
@@ -184,7 +184,8 @@ def _check_stage(config: Config, earlier: list[Config]) -> None:
     for name, folder in held_out.items():
         ShardSource(name, folder, key=name).require_tokenizer(data.tokenizer.digest)
     named = configure.named_weights(config)
-    before = next((stage for stage in earlier if stage.run.dir == config.run.init_from), None)
+    begins = Path(config.run.init_from).resolve() if config.run.init_from else None
+    before = next((stage for stage in earlier if Path(stage.run.dir).resolve() == begins), None)
     if before is not None:
         trained = meaning.trains_low_rank(before.model, before.train)
         for key, what in meaning.differences(before.model, config.model, config.data.context, trained).items():
@@ -205,8 +206,10 @@ def _ranks(asked: int | None) -> int:
     """How many to start: those that were asked for, else one a GPU, or 1.
 
     Raises:
-        UserError: there are GPUs, and fewer.
+        UserError: there are GPUs, and fewer; or none were asked for.
     """
+    if asked is not None and asked < 1:
+        raise UserError(f"--procs {asked}: at least one rank trains (give 1 or more)")
     if asked and not any(Path(driver).exists() for driver in GPU_DRIVERS):
         return asked  # without torch, whose import costs more than all else here
     import torch
@@ -254,6 +257,7 @@ def _export(args: argparse.Namespace) -> int:
 def _prepare(args: argparse.Namespace) -> int:
     from train import configure
     from train.extensions import prepare_deepspeed
+    from train.launch import made
 
     paths = [w for w in args.what if "=" not in w]
     if len(paths) > 1 or (args.what and not paths):
@@ -264,19 +268,12 @@ def _prepare(args: argparse.Namespace) -> int:
     for path in paths:
         config = configure.load(path, [w for w in args.what if "=" in w])
         _check_stage(config, earlier=[])
-        print(f"next: torchrun --nproc-per-node N -m train.rank {_made(config).path}")
+        run = RunDir(config.run.dir)
+        if not (run.final / "manifest.json").exists():
+            with made(config):
+                pass
+        print(f"next: torchrun --nproc-per-node N -m train.rank {run.path}")
     return EXIT_DONE
-
-
-def _made(config: Config) -> RunDir:
-    """The run directory of a checked stage, with the config in it; that of a finished one stays as it is."""
-    from train import configure
-
-    run = RunDir(config.run.dir)
-    run.create()
-    if not (run.final / "manifest.json").exists():
-        write_atomic(run.config, configure.to_yaml(config).encode())
-    return run
 
 
 if __name__ == "__main__":

@@ -20,6 +20,12 @@ QUANTIZED = ("deepspeed.zero_pp.quantized_weights", "deepspeed.zero_pp.quantized
 MIX = ("sources", "unit", "phases", "global_batch", "window")
 """Keys of `data` that may change in the course of a run."""
 
+AT_LEAST_1 = (
+    *(f"model.decoder.{key}" for key in ("vocab", "hidden", "layers", "heads", "kv_heads", "ffn")),
+    *("model.vision.patch", "model.projector.merge", "model.plora.rank", "track.every"),
+)
+"""Keys whose values are divided by, or counted up to."""
+
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config of one stage; see `data_pipeline.configure.load`.
@@ -99,7 +105,7 @@ def shaping_difference(ours: Config, theirs: Config) -> str | None:
 
 def _at(tree: Any, path: str) -> Any:
     for part in path.split("."):
-        tree = tree[part]
+        tree = tree[part] if isinstance(tree, dict) else getattr(tree, part)
     return tree
 
 
@@ -109,6 +115,8 @@ def _difference(a: Any, b: Any, path: str, passed: tuple[str, ...]) -> str | Non
             if (path == "data" and key in passed) or (path.startswith("data.sources.") and key == "errors"):
                 continue
             if path == "train" and key in ("checkpointing", "attention"):  # memory for time: rounding at most
+                continue
+            if path == "train" and key == "precision" and Precision.auto.value in (a.get(key), b.get(key)):  # the checkpoint knows which
                 continue
             found = _difference(a.get(key), b.get(key), f"{path}.{key}", passed)
             if found:
@@ -123,6 +131,15 @@ def _check(config: Config, where: str) -> None:
         section, _, key = name.partition(".")
         if getattr(getattr(config, section), key) == MISSING:
             raise UserError(f"{where}: {name} is missing (give it in the YAML or as {name}=VALUE)")
+    for name in AT_LEAST_1:
+        if _at(config, name) < 1:
+            raise UserError(f"{where}: {name} must be at least 1 (raise it)")
+    for name, own in config.model.plora.linears.items():
+        if own.rank < 1:
+            raise UserError(f"{where}: model.plora.linears.{name}.rank must be at least 1 (raise it)")
+    betas = config.train.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"{where}: train.betas: {betas} are not two numbers from 0 to below 1 (such as [0.9, 0.95])")
     images, cell = config.data.images, config.model.vision.patch * config.model.projector.merge
     if images.size % cell:
         raise UserError(

@@ -1,11 +1,12 @@
 """What the machine offers: the device and its fast number format.
 
-Invariant: the choice is made once, by `describe`, and logged; nothing else asks the hardware.
+Invariant: the choice is made once, by `choose`, and logged; nothing else asks the hardware.
 """
 
 import os
 import platform
 import resource
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +69,18 @@ def choose(precision: Precision, local_rank: int) -> Device:
         return Device(device, torch.bfloat16 if fast else torch.float32, f"GPU {'has' if fast else 'lacks'} bf16")
     fast = cpu_has_bf16()
     return Device(device, torch.bfloat16 if fast else torch.float32, f"processor {'has' if fast else 'lacks'} bf16")
+
+
+def require_one_format(precision: Precision, found: Sequence[tuple[str, str]]) -> None:
+    """Refuses ranks, each with its node and number format, that would send each other tensors of different sizes.
+
+    Raises:
+        UserError: which nodes differ; on all ranks alike.
+    """
+    nodes = {dtype: node for node, dtype in reversed(found)}
+    if len(nodes) > 1:
+        said = " and ".join(f"{dtype.removeprefix('torch.')} on {node}" for dtype, node in sorted(nodes.items()))
+        raise UserError(f"train.precision: {precision.value} is {said} (set it to fp32 or bf16, or use machines of one kind)")
 
 
 def too_many_ranks(ranks: int, gpus: int) -> UserError:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline import jsonl
+from data_pipeline.batch import PackedBatch
 from data_pipeline.loader import StepData
 from data_pipeline.shards.source import ShardSource
 from train.config import GuardConfig
@@ -67,6 +68,10 @@ class Guard:
         self._loss: Tensor | None = None
         self.in_a_row = int(saved.get("in_a_row", 0))
         """Skipped steps since the last one that moved the weights."""
+
+    def judged_last(self, step: StepData) -> list[PackedBatch]:
+        """The step's batches, those without a target first: `factor` acts on the last one's gradient, and an empty place has none."""
+        return sorted((m.batch for m in step.micro_batches), key=lambda batch: batch.supervised > 0)
 
     def factor(self, loss_sums: Sequence[Tensor], n_global: int) -> Tensor | None:
         """What the loss of the step's last micro-batch is multiplied by: 1, or NaN where the step is not to count. No host sync.

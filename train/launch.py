@@ -17,8 +17,9 @@ from types import FrameType
 from typing import Any
 
 from data_pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_TRY_AGAIN, EXIT_USER, UserError
+from train import configure
 from train.config import Config, WatchdogConfig
-from train.run_dir import RunDir, read_json
+from train.run_dir import RunDir, read_json, write_atomic
 
 GRACE_S = 10.0
 """How long ranks may take to end after one of them has ended with an error."""
@@ -28,9 +29,8 @@ MUTE_S = 60.0
 
 
 def run_stage(config: Config, procs: int) -> int:
-    """Runs one stage with `procs` ranks; returns its exit code. The run directory holds its config already."""
-    run = RunDir(config.run.dir)
-    with own(run):
+    """Runs one stage with `procs` ranks; returns its exit code."""
+    with made(config) as run:
         run.stop_file.unlink(missing_ok=True)
         again = True
         while again:
@@ -58,6 +58,20 @@ def _live(config: Config, run: RunDir, procs: int) -> tuple[dict[str, Any], bool
         if run.life() > lives_before:
             run.end_life(outcome["code"], outcome["reason"], outcome["step"])
     return outcome, bool(outcome.get("again")) and not (asked_to_stop or run.stop_file.exists())
+
+
+@contextmanager
+def made(config: Config) -> Iterator[RunDir]:
+    """The run directory of a checked stage, held, with the config in it: the next life of a run that somebody else holds reads its own.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    run = RunDir(config.run.dir)
+    run.create()
+    with own(run):
+        write_atomic(run.config, configure.to_yaml(config).encode())
+        yield run
 
 
 @contextmanager

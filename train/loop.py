@@ -171,7 +171,7 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
             break
 
         began = state.cursor
-        parts = [part_of(m.batch, group.rank, group.size, config.data.images.tokens) for m in step.micro_batches]
+        parts = [part_of(batch, group.rank, group.size, config.data.images.tokens) for batch in guard.judged_last(step)]
         watchdog.beat(state.step, "forward")
         profiling.before(state.step + 1)
         stopwatch.lap("data")

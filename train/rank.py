@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from data_pipeline.errors import EXIT_CRASH, EXIT_USER, TryAgainError, UserError
+from data_pipeline.errors import EXIT_CRASH, EXIT_USER, STORAGE_ERRORS, TryAgainError, UserError
 from data_pipeline.processes import end_with_parent, keep_freed_memory, open_many_files
 from train import configure
 from train.launch import own
@@ -21,8 +21,6 @@ from train.run_dir import RunDir
 from train.signals import leave_when_asked
 from train.watchdog import Watchdog
 
-STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-"""What the user mends: by making room, or by rights."""
 TORCHRUN = "TORCHELASTIC_RUN_ID"
 
 
@@ -66,7 +64,7 @@ def run_rank(run_dir: Path) -> int:
         gc.disable()  # imports make what stays: to look for garbage among it takes a sixth of a rank's start
         import torch.distributed as dist
 
-        from train.device import choose
+        from train.device import choose, require_one_format
         from train.extensions import choose_accelerator, prepare_deepspeed
 
         choose_accelerator()
@@ -83,6 +81,7 @@ def run_rank(run_dir: Path) -> int:
         if device.torch_device.type == "cpu":
             keep_freed_memory()
         ranks = join(device.backend)
+        require_one_format(config.train.precision, list(zip(ranks.nodes(), ranks.gather(str(device.dtype)), strict=True)))
         ending = train(config, run, ranks, device, speaker, watchdog)
         ranks.barrier()
         watchdog.close()

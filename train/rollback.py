@@ -44,7 +44,7 @@ def _roll_back(run: RunDir, now: TrainState, config: CheckpointConfig) -> int | 
     jsonl.append(run.path / "skipped" / "rollbacks.jsonl", [line])
     state = replace(
         now,
-        totals={**now.totals, "step_ms": good.totals["step_ms"]},  # the time since then made nothing that is kept
+        totals={**now.totals, "step_ms": good.totals.get("step_ms", 0)},  # the time since then made nothing that is kept
         guard={**good.guard, WENT_BACK_TO: good.step},
         world=good.world,
         zero_stage=good.zero_stage,

@@ -29,7 +29,16 @@ def begins(*checkpoints):
 
 @pytest.mark.parametrize(
     ("checkpoints", "newest", "count"),
-    [((), 0, 0), ((0,), 0, 1), ((0,), 5, 0), ((0, 0, 0), 0, 3), ((0, 0, 5, 5), 5, 2), ((0, 5, 5, 9), 12, 0), ((0, 0, 9), 9, 1)],
+    [
+        ((), 0, 0),
+        ((0,), 0, 1),
+        ((0,), 5, 0),
+        ((0, 0, 0), 0, 3),
+        ((0, 0, 5, 5), 5, 2),
+        ((0, 5, 5, 9), 12, 0),
+        ((3, 9), 5, 0),
+        ((0, 0, 9), 9, 1),
+    ],
 )
 def test_lives_count_until_one_leaves_a_new_checkpoint(checkpoints, newest, count):
     assert stalled(begins(*checkpoints), newest) == count

@@ -17,11 +17,13 @@ import torch
 
 from data_pipeline.errors import UserError
 from data_pipeline.plan.origin import Drawn, Origin
+from slurm.job_dir import newest_checkpoint
 from train import checkpoint, reshape
 from train.checkpoint import TrainState, Writer
 from train.config import CheckpointConfig
 from train.engine import _copied, _Snapshots
 from train.ranks import Ranks
+from train.rollback import roll_back
 from train.run_dir import RunDir
 
 
@@ -116,7 +118,8 @@ def test_a_checkpoint_that_is_not_finished_is_invisible_and_swept_away(run, slow
     (run.checkpoints / "step-00000002" / "state.json").unlink()
     found = checkpoint.find(run, Alone(0, 1, 0, None), said.append)
     assert found.name == "step-00000001"
-    assert said == ["passed over checkpoint step-00000002: state.json is missing"], "the user is told"
+    renamed = "(it is damaged-step-00000002 now)"
+    assert said == [f"passed over checkpoint step-00000002: state.json is missing {renamed}"], "the user is told"
     assert not list(run.checkpoints.glob(".*partial"))
     slow_disk.set()
 
@@ -146,12 +149,46 @@ def test_the_last_ones_stay_and_every_so_many_for_good(run):
     assert steps(run) == [4, 8, 10, 11]
 
 
+def test_a_damaged_one_takes_the_place_of_none_that_is_written_after_it(run):
+    writer = make(run, Model(), keep_last=2)
+    for step in (1, 8, 9):
+        writer.save(state(step))
+    writer.wait()
+    for step in (8, 9):
+        (run.checkpoints / f"step-0000000{step}" / "weight.pt").write_bytes(b"x")
+    assert checkpoint.find(run, Alone(0, 1, 0, None), print) is None
+    for step in (2, 3):
+        writer.save(state(step))
+        writer.wait()
+    assert steps(run) == [2, 3] and newest_checkpoint(run) == 3
+    assert (run.checkpoints / "latest").read_text() == "step-00000003"
+
+
+def test_one_that_the_disk_cannot_read_is_passed_over(run, monkeypatch):
+    def fail(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    writer = make(run, Model())
+    writer.save(state(1))
+    writer.wait()
+    monkeypatch.setattr(checkpoint, "file_digest", fail)
+    assert checkpoint.problem(run.checkpoints / "step-00000001").endswith("cannot be read: Input/output error")
+
+
 def test_the_newest_one_before_a_row_of_skipped_steps_stays(run):
     writer = make(run, Model(), keep_last=2)
     for step, in_a_row in enumerate([0, 0, 0, 1, 2, 3], start=1):
         writer.save(state(step, guard={"in_a_row": in_a_row}))
     writer.wait()
     assert steps(run) == [3, 5, 6]
+
+
+def test_one_that_was_written_before_the_first_step_can_be_gone_back_to(run):
+    writer = make(run, Model())
+    writer.save(state(0))
+    writer.wait()
+    assert roll_back(run, Alone(0, 1, 0, None), state(3), CheckpointConfig()) == 0
+    assert steps(run) == [0, 3]
 
 
 def test_a_write_that_fails_is_told_at_the_next_step_and_harms_no_other(run, monkeypatch):
@@ -310,7 +347,7 @@ def test_the_files_of_a_checkpoint_are_dealt_to_the_ranks_to_be_hashed(run, monk
     said = []
     ranks = OneOfThree(0, 3, 0, None, told=[[folder.name], listed], others="weight-4.pt is damaged")
     assert checkpoint.find(run, ranks, said.append) is None
-    assert said == ["passed over checkpoint step-00000001: weight-4.pt is damaged"]
+    assert said == ["passed over checkpoint step-00000001: weight-4.pt is damaged (it is damaged-step-00000001 now)"]
 
 
 def mapped(file: Path) -> bool:
@@ -369,7 +406,7 @@ def test_what_cannot_be_gone_on_with_is_refused_with_the_way_out(run):
         ({"world": 2, "zero_stage": 3}, {"world": 1, "zero_stage": 3}, "--procs 2, not 1"),
         ({"zero_stage": 3}, {"zero_stage": 2}, "deepspeed.stage 3, not 2"),
         ({"zero_stage": 0}, {"zero_stage": 1}, "deepspeed.stage 0, not 1"),
-        ({"dtype": "torch.bfloat16"}, {"dtype": "torch.float32"}, "train.precision"),
+        ({"dtype": "torch.bfloat16"}, {"dtype": "torch.float32"}, "train.precision bf16, not fp32: use the same"),
         ({"plan_digest": "a"}, {"plan_digest": "b"}, "data.change"),
         ({"base_digest": "a"}, {"base_digest": "b"}, "init_from"),
     ]:

@@ -80,6 +80,9 @@ def test_only_what_shapes_the_result_makes_two_configs_differ():
     for override in shaping:
         found = configure.shaping_difference(one, configure.load(DEMO[1], [override]))
         assert found and override.startswith(found), override
+    formats = [configure.load(DEMO[1], [f"train.precision={name}"]) for name in ("auto", "bf16", "fp32")]
+    assert configure.shaping_difference(formats[0], formats[1]) is None, "the checkpoint knows what auto was"
+    assert configure.shaping_difference(formats[1], formats[2]) == "train.precision"
     zero_pp = ["deepspeed.stage=3", "deepspeed.zero_pp.quantized_gradients=true"]
     assert configure.shaping_difference(one, configure.load(DEMO[1], zero_pp)) == "deepspeed.zero_pp.quantized_gradients"
 

@@ -19,6 +19,13 @@ def test_auto_is_bf16_only_where_the_processor_multiplies_it(monkeypatch, flags,
     assert device.choose(Precision.fp32, 0).dtype is torch.float32, "what is asked for is done"
 
 
+def test_ranks_of_two_number_formats_are_refused_with_a_node_of_each():
+    device.require_one_format(Precision.auto, [("a", "torch.float32"), ("b", "torch.float32")])
+    found = [("a", "torch.float32"), ("b", "torch.bfloat16"), ("c", "torch.bfloat16")]
+    with pytest.raises(UserError, match=r"^train\.precision: auto is bfloat16 on b and float32 on a \(set it to fp32 or bf16"):
+        device.require_one_format(Precision.auto, found)
+
+
 def test_a_rank_whose_gpus_are_gone_does_not_go_on_as_one_on_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")

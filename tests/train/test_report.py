@@ -365,6 +365,7 @@ def test_what_was_measured_and_written_on_the_way_is_shown_as_the_newest_life_le
 def test_retrieval_is_called_above_chance_only_where_it_can_be_told() -> None:
     assert verdict((0.5, 0.03), 200) == "above chance"
     assert verdict((0.12, 0.03), 200) == "cannot be told from chance"
+    assert verdict((0.26, 0.03), 200, 0.25) == "cannot be told from chance", "of four candidates"
     assert verdict(None, 200) == "not measured"
 
 

@@ -1,6 +1,9 @@
 """Every layout of folder that the documentation names is read: InternLM2, a whole CLIP, a release in .bin shards; and written in shards."""
 
+import errno
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from hub_folders import as_bins, clip, saved, stage_config
 from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel
 
+from data_pipeline.errors import UserError
 from train.config import Config
 from train.model.xcomposer2 import XComposer2
 from train.weights import hub, initial, internlm2, official
@@ -84,6 +88,22 @@ def test_a_release_in_bin_shards_is_the_one_in_safetensors(tmp_path: Path) -> No
     assert len(list(folder.glob("pytorch_model-*.bin"))) == 2 and not list(folder.glob("*.safetensors"))
     after = filled(config)
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
+def test_a_disk_that_is_full_is_said_as_a_file_system_says_it(tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], check=True)
+    try:
+        with pytest.raises(OSError, match="No space left on device") as full:
+            hub.save({"w": torch.zeros(100_000)}, tmp_path / "w.safetensors")
+        assert full.value.errno == errno.ENOSPC and full.value.filename == str(tmp_path / "w.safetensors")
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_weights_that_are_no_longer_there_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"no folder {tmp_path}/gone, where the stage's first weights lie \(put them back"):
+        initial.fingerprint(tmp_path / "gone")
 
 
 def test_an_export_in_several_shards_holds_each_tensor_once_as_its_index_says(tmp_path: Path) -> None:

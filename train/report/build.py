@@ -16,7 +16,7 @@ import jinja2
 from data_pipeline.errors import UserError
 from data_pipeline.inspect import charts
 from train.report.collect import Fate, Stage, Step, collect
-from train.report.held_out import gallery, rows, split_title, undivided, verdict
+from train.report.held_out import CHANCE, gallery, rows, split_title, undivided, verdict
 from train.report.on_the_way import on_the_way
 from train.report.summary import ledger_counts, reason_of, split_names, summarise
 from train.run_dir import write_atomic
@@ -79,6 +79,7 @@ def render(title: str, stages: list[Stage], summary: dict[str, Any]) -> str:
         "moment": moment,
     }
     splits = split_names(stages)
+    table = rows(stages, splits)
     names = [s.stage for s in stages]
     parameters = max((int((s.manifest or {}).get("parameters", 0)) for s in stages), default=0)
     return environment.get_template("report.html").render(
@@ -91,7 +92,8 @@ def render(title: str, stages: list[Stage], summary: dict[str, Any]) -> str:
         summary=summary,
         splits=[(split, *split_title(split)) for split in splits],
         undivided=undivided(stages),
-        rows=rows(stages, splits),
+        rows=table,
+        chance=next((row.figures["chance"] for row in table[splits[0]]), CHANCE),
         gallery=[(split, *split_title(split), gallery(stages, split)) for split in splits],
         verdict=verdict,
         twice=sorted({name for name in names if names.count(name) > 1}),

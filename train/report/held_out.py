@@ -11,7 +11,7 @@ from typing import Any
 from train.report.collect import HALVES, Stage
 
 CHANCE = 0.1
-"""Retrieval picks one caption of ten."""
+"""Of picking one caption of ten, where an evaluation does not say how many there were."""
 SPLIT_NOTES = {
     "unseen_picture": ("Unseen pictures", "The concept was trained on, drawn in another art style; this picture of it never was."),
     "unseen_concept": ("Unseen concepts", "Neither picture nor caption was trained on, in any style."),
@@ -72,19 +72,23 @@ def rows(stages: list[Stage], splits: list[str]) -> dict[str, list[Row]]:
                 if own is None or "nll_right" not in own:
                     continue
                 figures = {name: _figure(own, name) for name in ("nll_right", "nll_wrong", "nll_blind", "retrieval_of_10", "greedy_exact")}
-                figures |= {"pictures": own.get("pictures"), "nll_language_model": _figure(blind or {}, "nll_blind")}
+                figures |= {
+                    "chance": own.get("retrieval_by_guessing", CHANCE),
+                    "pictures": own.get("pictures"),
+                    "nll_language_model": _figure(blind or {}, "nll_blind"),
+                }
                 table[split].append(Row(stage.stage, half, figures))
     return table
 
 
-def verdict(figure: tuple[float, float | None] | None, pictures: int | None) -> str:
+def verdict(figure: tuple[float, float | None] | None, pictures: int | None, chance: float = CHANCE) -> str:
     """Whether a retrieval rate can be told from guessing: two standard errors of guessing over as many pictures."""
     if figure is None or not pictures:
         return "not measured"
-    margin = 2 * math.sqrt(CHANCE * (1 - CHANCE) / pictures)
-    if figure[0] > CHANCE + margin:
+    margin = 2 * math.sqrt(chance * (1 - chance) / pictures)
+    if figure[0] > chance + margin:
         return "above chance"
-    return "below chance" if figure[0] < CHANCE - margin else "cannot be told from chance"
+    return "below chance" if figure[0] < chance - margin else "cannot be told from chance"
 
 
 def gallery(stages: list[Stage], split: str) -> list[Card]:

@@ -7,13 +7,12 @@ import json
 import shutil
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
 from train.run_dir import RunDir, file_digest, fsync_tree, read_json
 from train.weights.clip import POSITIONS
-from train.weights.hub import HubFolder
+from train.weights.hub import HubFolder, save
 from train.weights.mapping import Entry, Shapes, fits, load
 
 MODEL_FILE = "model.safetensors"
@@ -25,7 +24,7 @@ def write(run: RunDir, weights: dict[str, Tensor], step: int) -> None:
     partial = run.final.with_name(".final.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    save_file(weights, partial / MODEL_FILE)
+    save(weights, partial / MODEL_FILE)
     digest = file_digest(partial / MODEL_FILE)
     manifest = {"digest": digest, "step": step, "tensors": len(weights), "parameters": sum(t.numel() for t in weights.values())}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))

@@ -5,6 +5,8 @@ it, and what it holds is known from headers before a tensor is read. Writing hol
 """
 
 import json
+import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +144,21 @@ def _load_pickle(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)  # written by a torch before 1.6
 
 
+def save(tensors: dict[str, Tensor], file: Path) -> None:
+    """Writes one safetensors file.
+
+    Raises:
+        OSError: the file system refused; safetensors says that in an error of its own, and the number in words.
+    """
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from None
+
+
 def write(folder: Path, sizes: Mapping[str, int], read: Callable[[str], Tensor], shard_bytes: int = SHARD_BYTES) -> int:
     """Writes tensors as safetensors shards with their index; returns the number of shards.
 
@@ -162,7 +179,7 @@ def write(folder: Path, sizes: Mapping[str, int], read: Callable[[str], Tensor],
     placed = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file({name: read(name).contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+        save({name: read(name).contiguous() for name in names}, folder / file)
         placed |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": placed}
     (folder / LAYOUTS[0][0]).write_text(json.dumps(index, indent=1))

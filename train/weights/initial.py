@@ -211,8 +211,14 @@ def _same(theirs: Any, ours: Any) -> bool:
 
 
 def fingerprint(folder: Path) -> str:
-    """What the weights of a Hugging Face directory are known by; see `digest`."""
+    """What the weights of a Hugging Face directory are known by; see `digest`.
+
+    Raises:
+        UserError: it is not there.
+    """
     digest = hashlib.sha256()
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder.absolute()}, where the stage's first weights lie (put them back, or mend the path)")
     files: Sequence[Path] = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") or p.name.endswith(".index.json"))
     for path in files:
         size = path.stat().st_size

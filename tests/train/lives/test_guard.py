@@ -5,14 +5,18 @@ import math
 
 import pytest
 import torch
+from demo_data import SEED, START, data_config, run_world
 from no_host_sync import no_host_sync
 from stages import Life, live_together, make_stage
 from tensors import tensors
 
 from data_pipeline import jsonl
+from data_pipeline.config import MixUnit
 from data_pipeline.errors import EXIT_NEEDS_PERSON
+from data_pipeline.opened import open_data
 from train import configure
-from train.guard import Window, judge
+from train.config import GuardConfig
+from train.guard import Guard, Window, judge
 
 ZERO = ("0-fp32", "1-bf16", "2-fp32", "3-fp32")
 
@@ -90,6 +94,21 @@ def test_a_spike_skips_its_step_on_all_ranks_and_is_kept_out_of_the_window(poiso
     spiked = {line["step"] for line in told[0]}
     believed = [line["loss/train"] for line in lines if line["step"] not in spiked]
     assert sorted(state["guard"]["losses"]) == pytest.approx(sorted(believed[-3:]), rel=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_batch_by_which_a_step_is_judged_has_a_target_where_any_has(demo, tmp_path, ranks):
+    """Also of the last steps of a plan, whose last places are empty on all ranks."""
+    config = data_config(demo.root, unit=MixUnit.epochs, global_batch=12)
+    guard = Guard(GuardConfig(), tmp_path, 0, torch.device("cpu"), {})
+    empty = 0
+    for parts in run_world(config, open_data(config, SEED), ranks, START, 0):
+        for step in parts:
+            batches = guard.judged_last(step)
+            assert sorted(map(id, batches)) == sorted(id(m.batch) for m in step.micro_batches)
+            assert batches[-1].supervised or not any(batch.supervised for batch in batches)
+            empty += batches[-1].supervised > 0 == step.micro_batches[-1].batch.supervised
+    assert empty, "there are such steps"
 
 
 def test_a_run_that_diverges_goes_back_once_without_being_asked_then_stops_for_a_person_and_goes_on_counting(stage):

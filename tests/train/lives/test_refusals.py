@@ -12,6 +12,7 @@ import pytest
 
 from data_pipeline import jsonl
 from data_pipeline.errors import EXIT_DONE, EXIT_USER
+from train import configure
 from train.cli import main
 from train.rank import storage_reason
 from train.run_dir import RunDir
@@ -52,6 +53,10 @@ def refused(capfd):
         ("profile.steps=[3]", "profile.steps"),
         ("train.attention=flash", "train.attention"),  # in fp32
         ("checkpoint.keep_last=0", "keep_last"),
+        *((f"{key}=0", key) for key in configure.AT_LEAST_1),
+        ("model.plora.linears={wo: {rank: 0, alpha: 1}}", "model.plora.linears.wo.rank"),
+        ("train.betas=[0.9]", "train.betas"),
+        ("train.betas=[0.9, 1.0]", "train.betas"),
         ("guard.window=1", "guard"),
         ("guard={in_a_row: 0, then: rollback}", "guard.then"),
         ("deepspeed.offload.parameters=cpu", "deepspeed.offload.parameters"),
@@ -114,6 +119,15 @@ def test_two_stages_in_one_run_directory_are_refused(stage, capfd):
         main(["run", str(made.config), str(made.config)])
     assert ended.value.code == EXIT_USER
     assert "share run.dir" in capfd.readouterr().err
+    again = stage("again", run={"dir": f"{made.run.path}/../{made.run.path.name}/"})
+    with pytest.raises(SystemExit):
+        main(["run", str(made.config), str(again.config)])
+    assert "share run.dir" in capfd.readouterr().err, "one folder has many names"
+
+
+def test_no_rank_is_none_to_train(stage, refused):
+    for procs in ("0", "-1"):
+        assert f"--procs {procs}: at least one" in refused(stage().config, "--procs", procs)
 
 
 def test_a_chain_whose_stages_mean_different_things_by_their_weights_is_refused_before_its_first_stage_starts(stage, capfd):

@@ -36,10 +36,13 @@ def test_kills_a_signal_a_stop_and_a_save_file_with_other_workers_each_time_leav
 
     first = broken.start()
     broken.wait_for(2, first)
-    with pytest.raises(SystemExit) as refused:  # meanwhile, its directory belongs to it
-        main(["run", str(broken.config), "--procs", "2"])
-    assert refused.value.code == EXIT_USER
-    assert "in use" in capfd.readouterr().err
+    config = broken.run.config.read_bytes()
+    for command in (["run", str(broken.config), "--procs", "2"], ["prepare", str(broken.config)]):
+        with pytest.raises(SystemExit) as refused:  # meanwhile, its directory belongs to it
+            main([*command, "track.every=7"])
+        assert refused.value.code == EXIT_USER
+        assert "in use" in capfd.readouterr().err
+    assert broken.run.config.read_bytes() == config, "its next life reads that"
     broken.kill_a_rank_after(chance.randint(5, 8), first, chance.randint(0, 1))
     first.communicate(timeout=60)
     assert first.returncode == EXIT_CRASH
@@ -194,6 +197,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_is_used(whole, c
     for one in damaged.values():
         assert one.resumed_from() == [None, 20]
         assert "passed over checkpoint step-00000024" in (one.run.logs / "rank-0.log").read_text()
+        assert (one.run.checkpoints / "damaged-step-00000024").exists()
         assert one.losses() == whole.losses()
         assert one.weights() == whole.weights()
 
