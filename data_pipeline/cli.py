@@ -138,7 +138,7 @@ it changes no run, unless it finds pictures that do not decode."""
 _MERGE = "Joins the sidecars of a source into source.json and the columns that the plan reads. Run it after every index."
 _STATS = "Prints what the index knows: lengths, image sizes, images per document, tokens, damaged share. Opens no image."
 _VERIFY = """Reads samples as a training run does and compares their digests with the index. Names shard, key and bytes of each that is
-not what was indexed. Exits with 0 if all are, with 70 if not."""
+not what was indexed. Exits with 0 if all are, with 70 if not, with 75 where the file system failed."""
 _SELECT = """Writes a selection: a small folder that a config names, and that a run then uses instead of the whole source. The index alone
 is read, with DuckDB; no tar is opened or rewritten. Damaged samples are never in it. Of samples that share what --unique names, the
 first in physical order stays; near-image needs an index made with --phash. A selection holds for one index of its source."""

@@ -30,6 +30,7 @@ from data_pipeline.read.cache import RangeCache
 from data_pipeline.read.killers import AtWork, Killers
 from data_pipeline.read.ledger import BadEntry
 from data_pipeline.read.materialise import Materialiser
+from data_pipeline.read.remote import RemotePath, worker_context
 from data_pipeline.read.slots import Handover, Slots
 from data_pipeline.read.storage import ShardReader
 
@@ -159,6 +160,7 @@ class Loader:
     ) -> None:
         """`pin`: tensors in page-locked memory. `killers`: of the run. Raises UserError: no shared memory for the workers."""
         cache = RangeCache(Path(config.cache_dir), int(config.cache_gib * 2**30)) if config.cache_dir else None
+        self._remote = any(isinstance(source.path, RemotePath) for source in data.sources)
         self._pin = pin
         most = _most_images(config, data)
         turn = min(config.prefetch, -(-IMAGES_AT_ONCE // most)) if config.workers else 1
@@ -200,10 +202,8 @@ class Loader:
 
     def _found(self) -> Iterator[Found]:
         """What the workers hand over, in order."""
-        if self._loader.num_workers:
-            # by a server that has no model: what the trainer writes anew, a worker that was forked from it would keep as it was
-            self._loader.multiprocessing_context = multiprocessing.get_context("forkserver")
-            self._loader.multiprocessing_context.set_forkserver_preload([__name__])
+        if self._loader.num_workers and self._remote:
+            self._loader.multiprocessing_context = worker_context(preload=__name__)
         others, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
         turns = iter(self._loader)
         if signal.getsignal(signal.SIGCHLD) is not handler:

@@ -23,7 +23,7 @@ def end_with_parent() -> None:
 def end_with_maker() -> None:
     """Ends this process, a worker of `multiprocessing`, when the process that made it is gone, also where that was killed.
 
-    The kernel would watch another one: the server that forked it, which lives as long as any of its workers does.
+    The kernel may watch another one: a server that forked it, which lives as long as any of its workers does.
     """
     maker = multiprocessing.parent_process()
 

@@ -61,7 +61,7 @@ def chain(paths: Sequence[str], overrides: Sequence[str], dry_run: bool) -> int:
     """
     stages: list[Planned] = []
     configs = [configure.load(path, overrides) for path in paths]
-    dirs = [config.run.dir for config in configs]
+    dirs = [str(Path(config.run.dir).resolve()) for config in configs]
     if len(set(dirs)) < len(dirs):
         raise UserError(f"two stages share run.dir {next(d for d in dirs if dirs.count(d) > 1)} (give each its own)")
     for i, path in enumerate(paths):
@@ -161,7 +161,7 @@ def check(config: Config, settings: SlurmConfig, place: Place, earlier: Sequence
         )
     if not (place.cwd / config.data.tokenizer / "tokenizer.json").exists():
         raise UserError(f"data.tokenizer: no tokenizer.json in {place.cwd / config.data.tokenizer} (mend the path)")
-    if config.run.init_from and config.run.init_from not in earlier:
+    if config.run.init_from and str((place.cwd / config.run.init_from).resolve()) not in earlier:
         folder = place.cwd / config.run.init_from
         if not any((folder / name).exists() for name in ("final/manifest.json", "config.json")):
             raise UserError(

@@ -149,11 +149,14 @@ class Writer:
         return f"cannot write checkpoint {self._run.checkpoints / name}: {reason} ({cure})"
 
 
+UNREADABLE = "cannot be read"
+
+
 def find(run: RunDir, ranks: Ranks, say: Callable[[str], None]) -> Path | None:
     """The newest complete checkpoint; all ranks call it. Rank 0 looks what there is, and each file is hashed by one rank.
 
-    What an earlier life could not finish is removed. `say` tells the user what is passed over, and why; it is renamed, so that nothing
-    takes it for the newest again, or keeps it instead of a whole one.
+    What an earlier life could not finish is removed. `say` tells the user what is passed over, and why; what is damaged is renamed, so that
+    nothing takes it for the newest again, or keeps it instead of a whole one.
     """
     if ranks.rank == 0:
         for partial in run.checkpoints.glob(".*.partial"):
@@ -165,7 +168,9 @@ def find(run: RunDir, ranks: Ranks, say: Callable[[str], None]) -> Path | None:
             found = next(filter(None, ranks.gather(_damage(folder, found[ranks.rank :: ranks.world]))), None)
         if found is None:
             return folder
-        if ranks.rank == 0:
+        if ranks.rank == 0 and UNREADABLE in found:  # that may pass
+            say(f"passed over checkpoint {name}: {found}")
+        elif ranks.rank == 0:
             aside = folder.with_name(f"damaged-{name}")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
@@ -360,7 +365,7 @@ def _listed(folder: Path) -> list[tuple[str, str]] | str:
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
+            return f"{name} {UNREADABLE}: {error.strerror}"
         if found != size:
             return f"{name} has {found} bytes, not {size}"
     return [(name, digest) for name, _, digest in sorted(facts, key=lambda of: -of[1])]
@@ -372,7 +377,7 @@ def _damage(folder: Path, files: Sequence[tuple[str, str]]) -> str | None:
             if file_digest(folder / name) != digest:
                 return f"{name} is damaged"
         except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
+            return f"{name} {UNREADABLE}: {error.strerror}"
     return None
 
 

@@ -53,9 +53,17 @@ class OtherSizeError(Exception):
     """The object is not the one that was indexed; the message says its size."""
 
 
-def worker_context() -> BaseContext:
-    """How to begin processes that may read remote shards: by a fork, or where this process has clients, by a server that has none."""
-    return multiprocessing.get_context("forkserver" if _opened_by else None)
+def worker_context(preload: str | None = None) -> BaseContext:
+    """How to begin processes that may read remote shards: by a fork, or where this process has clients, by a server that has none.
+
+    `preload` names a module that the server imports once for all of them.
+    """
+    if not _opened_by:
+        return multiprocessing.get_context()
+    context = multiprocessing.get_context("forkserver")
+    if preload:
+        context.set_forkserver_preload([preload])
+    return context
 
 
 class RemoteStore:

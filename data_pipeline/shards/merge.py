@@ -73,8 +73,9 @@ def merge(source: ShardPath, index_dir: Path) -> SourceFacts:
     if missing:
         raise UserError(f"{len(missing)} of {len(shards)} shards have no index, first {missing[0].name} ({again})")
     facts = [require_facts(sidecar_path(s, index_dir), source) for s in shards]
-    for sidecar in _merged_before(source, index_dir)[:1]:  # it stands for all: they are of one source
-        require_own(sidecar, read_facts(sidecar), str(source.resolve()))
+    ours = {sidecar_path(s, index_dir) for s in shards}
+    for sidecar in [s for s in _merged_before(source, index_dir) if s not in ours][:1]:  # it stands for all: they are of one source
+        require_own(sidecar, read_facts(sidecar), str(shards[0].parent.resolve()))
     changed = [s.name for s, f in zip(shards, facts, strict=True) if s.stat().st_size != f["size"]]
     if changed:
         raise UserError(f"{changed[0]} changed since it was indexed ({again})")
@@ -103,7 +104,7 @@ def _merged_before(source: ShardPath, index_dir: Path) -> list[Path]:
     """The sidecars that the last merge took; none where there was none that can be read."""
     try:
         return [sidecar_path(source / name, index_dir) for name in json.loads((index_dir / SOURCE_FILE).read_bytes())["shards"]]
-    except (OSError, ValueError, LookupError):
+    except (OSError, ValueError, LookupError, TypeError):
         return []
 
 

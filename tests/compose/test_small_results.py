@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -222,13 +223,15 @@ def test_where_one_of_two_tasks_fails_no_other_is_begun():
         begun.append(number)
         if arm == "fails":
             raise SystemExit(3)
+        if arm == "waits":
+            time.sleep(0.5)  # until the other has failed
 
     side_by_side(work, [("ends", number) for number in range(5)], 2)
     assert sorted(begun) == [0, 1, 2, 3, 4]
     begun.clear()
     with pytest.raises(SystemExit, match="3"):
-        side_by_side(work, [("ends", 0), ("fails", 1), ("ends", 2)], 1)
-    assert begun == [0, 1]
+        side_by_side(work, [("waits", 0), ("fails", 1), ("ends", 2)], 2)
+    assert sorted(begun) == [0, 1]
 
 
 def test_beside_another_part_the_projector_keeps_the_rate_that_it_prefers_alone(monkeypatch):

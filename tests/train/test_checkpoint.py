@@ -172,7 +172,10 @@ def test_one_that_the_disk_cannot_read_is_passed_over(run, monkeypatch):
     writer.save(state(1))
     writer.wait()
     monkeypatch.setattr(checkpoint, "file_digest", fail)
-    assert checkpoint.problem(run.checkpoints / "step-00000001").endswith("cannot be read: Input/output error")
+    said = []
+    assert checkpoint.find(run, Alone(0, 1, 0, None), said.append) is None
+    assert len(said) == 1 and said[0].endswith("cannot be read: Input/output error")
+    assert steps(run) == [1], "it may be read again: it keeps its name"
 
 
 def test_the_newest_one_before_a_row_of_skipped_steps_stays(run):
