@@ -63,7 +63,9 @@ def main() -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description="Projector only, PLoRA, LoRA and full fine-tuning on the same data, as two tables.")
     parser.add_argument("seeds", nargs="+", type=int, help="seeds whose mean the table shows: 0 1 2; rates are tuned with seed 0")
-    at_once = "trainings side by side, of one rank each (default 2); they share the cores, and one of all weights takes 9 GB"
+    at_once = (
+        "trainings side by side, of one rank each (default 2); they share the cores, and one of all weights takes up to 16 GB: then give 1"
+    )
     parser.add_argument("--at-once", type=int, choices=range(1, 9), default=2, metavar="N", help=at_once)
     parser.add_argument("--check", type=Path, help="a document that must hold the tables; nothing is trained")
     arguments = parser.parse_args()

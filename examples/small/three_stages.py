@@ -32,7 +32,7 @@ STAGES = {
 }
 """Overrides of each stage's config."""
 PROCS = {"pretrain": "2", "sft": "1", "compose": "1"}
-"""Ranks: where all weights learn, one takes 9 GB, and two would send each other all gradients."""
+"""Ranks: where all weights learn, one takes up to 16 GB with its data worker, and two would send each other all gradients."""
 PAGES = HELD_OUT / "documents"
 COLLECTION = RUNS / "collection"
 ARTICLES = 3
