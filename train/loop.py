@@ -23,7 +23,7 @@ from data_pipeline.read import budget
 from data_pipeline.read.killers import Killers, read_killers
 from data_pipeline.read.ledger import Ledger, copy_index_damage
 from data_pipeline.samples import Kind
-from train import checkpoint, configure, optim, reshape
+from train import checkpoint, configure, intact, optim, reshape
 from train.build import build_model
 from train.checkpoint import TrainState
 from train.config import Config, GuardThen
@@ -91,7 +91,7 @@ def train(config: Config, run: RunDir, ranks: Ranks, device: Device, terminal: T
     torch.use_deterministic_algorithms(config.run.deterministic)
 
     group = SequenceGroup.join(ranks.rank, configure.data_parallel(config, ranks.world), config.parallel.sequence)
-    folder = checkpoint.find(run, ranks, terminal.say)
+    folder = intact.find(run, ranks, terminal.say)
     data, saved, change = _open_data(config, checkpoint.read_state(folder) if folder else None)
     built = build_model(config, device, ranks)
     ranks.barrier()  # with our patience: a collective of DeepSpeed's has NCCL's, ten minutes, also for a node that reads weights slowly

@@ -14,7 +14,7 @@ import time
 from dataclasses import replace
 
 from data_pipeline import jsonl
-from train import checkpoint
+from train import checkpoint, intact
 from train.checkpoint import TrainState
 from train.config import CheckpointConfig
 from train.ranks import Ranks
@@ -33,7 +33,7 @@ def roll_back(run: RunDir, ranks: Ranks, now: TrainState, config: CheckpointConf
 
 
 def _roll_back(run: RunDir, now: TrainState, config: CheckpointConfig) -> int | str:
-    folder = next((f for f in checkpoint.newest_first(run) if checkpoint.is_good(f) and not checkpoint.problem(f)), None)
+    folder = next((f for f in intact.newest_first(run) if intact.is_good(f) and not intact.problem(f)), None)
     if folder is None:
         return "there is no good checkpoint to go back to"
     good = checkpoint.read_state(folder)
@@ -50,7 +50,7 @@ def _roll_back(run: RunDir, now: TrainState, config: CheckpointConfig) -> int | 
         zero_stage=good.zero_stage,
         dtype=good.dtype,
     )
-    name = f"{checkpoint.PREFIX}{now.step:08d}"
+    name = f"{intact.PREFIX}{now.step:08d}"
     partial = run.checkpoints / f".{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(folder, partial, copy_function=_link, ignore=shutil.ignore_patterns("state.json", "manifest.json"))

@@ -9,6 +9,7 @@ import pytest
 from stages import Stage, make_stage
 
 from data_pipeline.errors import EXIT_DONE
+from train.run_dir import RunDir
 
 
 @pytest.fixture
@@ -42,3 +43,11 @@ def continued(whole: Stage, stage: Callable[..., Stage]) -> Callable[..., Stage]
         return made
 
     return make
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDir:
+    """An empty run directory."""
+    made = RunDir(tmp_path / "run")
+    made.create()
+    return made

@@ -9,69 +9,18 @@ import shutil
 import threading
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
+from one_rank import Alone, Model, make, state, steps
 
 from data_pipeline.errors import UserError
-from data_pipeline.plan.origin import Drawn, Origin
-from slurm.job_dir import newest_checkpoint
-from train import checkpoint, reshape
-from train.checkpoint import TrainState, Writer
+from train import checkpoint, intact, reshape
+from train.checkpoint import Writer
 from train.config import CheckpointConfig
 from train.engine import _copied, _Snapshots
-from train.ranks import Ranks
 from train.rollback import roll_back
-from train.run_dir import RunDir
-
-
-class Alone(Ranks):
-    """One rank, without processes."""
-
-    def in_background(self):
-        return self
-
-    def barrier(self):
-        pass
-
-    def share(self, value):
-        return value
-
-    def gather(self, value):
-        return [value]
-
-
-@dataclass
-class Model:
-    """An engine whose files are one weight."""
-
-    weight: torch.Tensor = field(default_factory=lambda: torch.zeros(3))
-
-    def snapshot(self, folder: Path, tag: str):
-        return {folder / tag / "weight.pt": _copied(self.weight)}
-
-
-def state(step: int, **changes) -> TrainState:
-    drawn = Drawn(**{name: {} for name in Drawn.__dataclass_fields__})
-    facts = {"plan_digest": "p", "base_digest": None, "world": 1, "zero_stage": 2, "dtype": "fp32", "guard": {}, **changes}
-    return TrainState(step, (0, 0), drawn, Origin(), progress=0.5, totals={}, **facts)
-
-
-@pytest.fixture
-def run(tmp_path):
-    made = RunDir(tmp_path / "run")
-    made.create()
-    return made
-
-
-def make(run, model, **config) -> Writer:
-    return Writer(run, model, Alone(0, 1, 0, None), CheckpointConfig(**config))
-
-
-def steps(run) -> list[int]:
-    return sorted(int(folder.name[5:]) for folder in run.checkpoints.glob("step-*"))
 
 
 @pytest.fixture
@@ -116,29 +65,12 @@ def test_a_checkpoint_that_is_not_finished_is_invisible_and_swept_away(run, slow
     writer.save(state(3))  # never finished, as by a kill
     said = []
     (run.checkpoints / "step-00000002" / "state.json").unlink()
-    found = checkpoint.find(run, Alone(0, 1, 0, None), said.append)
+    found = intact.find(run, Alone(0, 1, 0, None), said.append)
     assert found.name == "step-00000001"
     renamed = "(it is damaged-step-00000002 now)"
     assert said == [f"passed over checkpoint step-00000002: state.json is missing {renamed}"], "the user is told"
     assert not list(run.checkpoints.glob(".*partial"))
     slow_disk.set()
-
-
-def test_a_bit_that_flips_in_any_byte_of_any_file_of_a_checkpoint_is_found(run):
-    writer = make(run, Model())
-    writer.save(state(1))
-    writer.wait()
-    folder = run.checkpoints / "step-00000001"
-    assert checkpoint.problem(folder) is None
-    for file in folder.iterdir():
-        content = file.read_bytes()
-        for place in range(0, len(content), 1 if file.suffix == ".json" else 97):
-            flipped = bytearray(content)
-            flipped[place] ^= 1
-            file.write_bytes(flipped)
-            assert checkpoint.problem(folder), (file.name, place, bytes(flipped[place - 9 : place + 9]))
-        file.write_bytes(content)
-    assert checkpoint.problem(folder) is None
 
 
 def test_the_last_ones_stay_and_every_so_many_for_good(run):
@@ -147,35 +79,6 @@ def test_the_last_ones_stay_and_every_so_many_for_good(run):
         writer.save(state(step))
     writer.wait()
     assert steps(run) == [4, 8, 10, 11]
-
-
-def test_a_damaged_one_takes_the_place_of_none_that_is_written_after_it(run):
-    writer = make(run, Model(), keep_last=2)
-    for step in (1, 8, 9):
-        writer.save(state(step))
-    writer.wait()
-    for step in (8, 9):
-        (run.checkpoints / f"step-0000000{step}" / "weight.pt").write_bytes(b"x")
-    assert checkpoint.find(run, Alone(0, 1, 0, None), print) is None
-    for step in (2, 3):
-        writer.save(state(step))
-        writer.wait()
-    assert steps(run) == [2, 3] and newest_checkpoint(run) == 3
-    assert (run.checkpoints / "latest").read_text() == "step-00000003"
-
-
-def test_one_that_the_disk_cannot_read_is_passed_over(run, monkeypatch):
-    def fail(path):
-        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-
-    writer = make(run, Model())
-    writer.save(state(1))
-    writer.wait()
-    monkeypatch.setattr(checkpoint, "file_digest", fail)
-    said = []
-    assert checkpoint.find(run, Alone(0, 1, 0, None), said.append) is None
-    assert len(said) == 1 and said[0].endswith("cannot be read: Input/output error")
-    assert steps(run) == [1], "it may be read again: it keeps its name"
 
 
 def test_the_newest_one_before_a_row_of_skipped_steps_stays(run):
@@ -247,7 +150,7 @@ def test_a_checkpoint_that_lacks_what_another_rank_wrote_is_not_made_visible(run
     with pytest.raises(UserError, match=f"cannot write checkpoint .*step-00000002: {why}") if why else nullcontext():
         writer.wait()
     assert steps(run) == ([1] if why else [1, 2])
-    assert why or checkpoint.problem(run.checkpoints / "step-00000002") is None
+    assert why or intact.problem(run.checkpoints / "step-00000002") is None
 
 
 @dataclass(frozen=True)
@@ -313,44 +216,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_harms_no_new_one(run, monkeypa
     writer.save(state(2))
     writer.wait()
     assert steps(run) == [2]
-    assert checkpoint.find(run, Alone(0, 1, 0, None), print).name == "step-00000002"
-
-
-@dataclass(frozen=True)
-class OneOfThree(Alone):
-    """A rank that is told by the first one what it asks, in turn, and whose others find this."""
-
-    told: list = field(default_factory=list)
-    others: str | None = None
-
-    def share(self, value):
-        assert (value is None) == (self.rank != 0), "only the first one looks"
-        return self.told.pop(0)
-
-    def gather(self, value):
-        return [value, self.others, None]
-
-
-def test_the_files_of_a_checkpoint_are_dealt_to_the_ranks_to_be_hashed(run, monkeypatch):
-    class Large(Model):
-        def snapshot(self, folder: Path, tag: str):
-            return {folder / tag / f"weight-{i}.pt": torch.zeros(1000 * i) for i in range(1, 6)}
-
-    writer = make(run, Large())
-    writer.save(state(1))
-    writer.wait()
-    folder, digest, hashed = run.checkpoints / "step-00000001", checkpoint.file_digest, []
-    monkeypatch.setattr(checkpoint, "file_digest", lambda path: hashed[-1].append(path.name) or digest(path))
-    listed = checkpoint._listed(folder)
-    for rank in range(3):
-        hashed.append([])
-        assert checkpoint.find(run, OneOfThree(rank, 3, 0, None, told=[[folder.name], listed]), print) == folder
-    assert sorted(chain(*hashed)) == sorted([*(f"weight-{i}.pt" for i in range(1, 6)), "rng-0.pt", "state.json"])
-    assert max(map(len, hashed)) == 3
-    said = []
-    ranks = OneOfThree(0, 3, 0, None, told=[[folder.name], listed], others="weight-4.pt is damaged")
-    assert checkpoint.find(run, ranks, said.append) is None
-    assert said == ["passed over checkpoint step-00000001: weight-4.pt is damaged (it is damaged-step-00000001 now)"]
+    assert intact.find(run, Alone(0, 1, 0, None), print).name == "step-00000002"
 
 
 def mapped(file: Path) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import UserError
-from train import checkpoint, optim
+from train import checkpoint, intact, optim
 from train.config import Config
 from train.model.xcomposer2 import XComposer2
 from train.weights import initial
@@ -32,7 +32,7 @@ class Trained:
         Raises:
             UserError: the checkpoint is damaged, or the stage began from other weights than those that are there now.
         """
-        damage = checkpoint.problem(folder)
+        damage = intact.problem(folder)
         if damage:
             raise UserError(f"{folder} is no complete checkpoint: {damage} (give another one)")
         state = checkpoint.read_state(folder)

@@ -1,0 +1,94 @@
+"""Which checkpoints of a run can be trusted: each is read against its manifest, the newest first.
+
+Invariant: what `find` returns has passed its manifest, on all ranks alike; what has not keeps no name that a whole one could need.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from train.ranks import Ranks
+from train.run_dir import RunDir, file_digest, read_json
+
+PREFIX = "step-"
+UNREADABLE = "cannot be read"
+
+
+def find(run: RunDir, ranks: Ranks, say: Callable[[str], None]) -> Path | None:
+    """The newest complete checkpoint; all ranks call it. Rank 0 looks what there is, and each file is hashed by one rank.
+
+    What an earlier life could not finish is removed. `say` tells the user what is passed over, and why; what is damaged is renamed, so that
+    nothing takes it for the newest again, or keeps it instead of a whole one.
+    """
+    if ranks.rank == 0:
+        for partial in run.checkpoints.glob(".*.partial"):
+            shutil.rmtree(partial, ignore_errors=True)
+    for name in ranks.share([folder.name for folder in newest_first(run)] if ranks.rank == 0 else None):
+        folder = run.checkpoints / name
+        found = ranks.share(_listed(folder) if ranks.rank == 0 else None)
+        if not isinstance(found, str):
+            found = next(filter(None, ranks.gather(_damage(folder, found[ranks.rank :: ranks.world]))), None)
+        if found is None:
+            return folder
+        if ranks.rank == 0 and UNREADABLE in found:  # that may pass
+            say(f"passed over checkpoint {name}: {found}")
+        elif ranks.rank == 0:
+            aside = folder.with_name(f"damaged-{name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            say(f"passed over checkpoint {name}: {found} (it is {aside.name} now)")
+    return None
+
+
+def newest_first(run: RunDir) -> list[Path]:
+    """The visible checkpoints, complete or damaged since."""
+    return sorted(run.checkpoints.glob(f"{PREFIX}*"), reverse=True)
+
+
+def is_good(folder: Path) -> bool:
+    """Whether the last step before a checkpoint moved the weights: those within a row of skipped steps are not gone back to."""
+    try:
+        state = read_json(folder / "state.json")
+    except ValueError:
+        return False
+    return state is not None and not state["guard"].get("in_a_row")
+
+
+def problem(folder: Path) -> str | None:
+    """Why a checkpoint cannot be trusted, or None."""
+    found = _listed(folder)
+    return found if isinstance(found, str) else _damage(folder, found)
+
+
+def _listed(folder: Path) -> list[tuple[str, str]] | str:
+    """The files of a checkpoint with their digests, the largest first, by what can be known without reading them; or why it is none."""
+    try:
+        manifest = read_json(folder / "manifest.json")
+        if manifest is None:
+            return "no manifest.json"
+        facts = [(name, int(of["size"]), str(of["sha256"])) for name, of in manifest.items()]
+    except (ValueError, KeyError, TypeError, AttributeError):  # a flipped bit may leave JSON that says something else
+        return "manifest.json is damaged"
+    if "state.json" not in manifest:
+        return "manifest.json is damaged"
+    for name, size, _ in facts:
+        path = folder / name
+        try:
+            found = path.stat().st_size
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} {UNREADABLE}: {error.strerror}"
+        if found != size:
+            return f"{name} has {found} bytes, not {size}"
+    return [(name, digest) for name, _, digest in sorted(facts, key=lambda of: -of[1])]
+
+
+def _damage(folder: Path, files: Sequence[tuple[str, str]]) -> str | None:
+    for name, digest in files:
+        try:
+            if file_digest(folder / name) != digest:
+                return f"{name} is damaged"
+        except OSError as error:
+            return f"{name} {UNREADABLE}: {error.strerror}"
+    return None
