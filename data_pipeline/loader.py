@@ -91,7 +91,8 @@ class StepSampler(Sampler[Request]):
     def __iter__(self) -> Iterator[Request]:
         """Requests from the start cursor to the end of the plan."""
         cursor, step, ahead = self.cursor, self.step, 0
-        with ThreadPoolExecutor(1, thread_name_prefix="plan") as thread:
+        thread = ThreadPoolExecutor(1, thread_name_prefix="plan")
+        try:
             while True:
                 global_batch = self.plan.global_batch(cursor)
                 if not len(global_batch):
@@ -106,6 +107,8 @@ class StepSampler(Sampler[Request]):
                     self.asked.append(Request(step, micro, len(slots), packs, cursor, global_batch.progress))
                     yield self.asked[-1]
                 step += 1
+        finally:
+            thread.shutdown(wait=False)  # the garbage collector may end this iterator in that very thread, which cannot wait for itself
 
     def assign(self, packs: Packs) -> np.ndarray:
         """[micro_steps, ranks, micro_packs] numbers of packs or EMPTY; the same on every rank."""

@@ -12,7 +12,7 @@ import pytest
 
 from data_pipeline import jsonl
 from data_pipeline.errors import EXIT_DONE, EXIT_USER
-from train import configure
+from train import configure, launch
 from train.cli import main
 from train.rank import storage_reason
 from train.run_dir import RunDir
@@ -22,11 +22,11 @@ JUMPING = str(Path(__file__).parents[2] / "support" / "jumping")
 
 @pytest.fixture
 def refused(capfd):
-    """Runs `xc-train run` in this process and returns its one line of complaint."""
+    """Runs `xc-train run`, or another command of it, in this process and returns its one line of complaint."""
 
-    def run(config: Path, *overrides: str) -> str:
+    def run(config: Path, *overrides: str, command: str = "run") -> str:
         with pytest.raises(SystemExit) as ended:
-            main(["run", str(config), *overrides])
+            main([command, str(config), *overrides])
         errors = capfd.readouterr().err.strip()
         assert ended.value.code == EXIT_USER, errors
         assert len(errors.splitlines()) == 1, errors
@@ -103,6 +103,15 @@ def test_a_run_directory_of_another_config_is_refused_and_left_alone(whole, refu
     assert "train.lr" in refused(whole.config, "train.lr=0.5")
     assert "data.context" in refused(whole.config, "data.context=96")
     assert {p: p.read_bytes() for p in whole.run.path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("command", ["run", "prepare"])
+def test_a_run_directory_that_another_holds_is_refused_and_keeps_the_config_that_its_next_life_reads(stage, refused, command):
+    made = stage()
+    with launch.made(configure.load(made.config, [])):
+        before = made.run.config.read_bytes()
+        assert "in use" in refused(made.config, "track.every=7", command=command)
+        assert made.run.config.read_bytes() == before
 
 
 def test_what_does_not_shape_the_result_may_change_and_a_finished_run_is_passed_over(whole, capfd):
