@@ -19,18 +19,19 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import control
 import torch
-from records import BIN, HELD_OUT, end_where_it_fails, exit_with, keep, marked, printed, run_stage
+from records import BIN, HELD_OUT, end_where_it_fails, exit_with, keep, kept, marked, printed, run_stage
 
 from train import configure
 from train.config import Config
-from train.evaluate import Scorer
-from train.run_dir import RunDir, read_json
-from train.weights.opened import open_model
+from train.evaluate import Scorer, Scores
+from train.run_dir import RunDir
+from train.weights.opened import Opened, first_weights, open_model
 
 RECORDS = Path("docs/plora_ablation")
 RUNS = Path("runs/small/ablation")
@@ -43,20 +44,15 @@ RATES = {
 }
 """Learning rates that are tried, by arm: of the projector where it learns alone, else of what learns beside it (the second group)."""
 ALONE = ("projector",)
-SUITES = {
-    "captions": ("--data", HELD_OUT / "test"),
-    "text": ("--data", HELD_OUT / "text"),
-}
-"""Suites of `xc-compose eval`, and their data."""
 COLUMNS = {
-    ("captions", "nll_right"): "nats a token of a caption",
-    ("captions", "blind_minus_right"): "more without its picture",
-    ("captions", "wrong_minus_right"): "more behind a wrong one",
-    ("captions", "retrieval_of_10"): "caption among ten",
-    ("captions", "picture_of_10"): "picture among ten",
-    ("text", "minus_base"): "change of nats on text alone",
+    "nll_right": "nats a token of a caption",
+    "wrong_minus_right": "more behind a wrong picture",
+    "picture_of_10": "picture among ten",
+    "retrieval_of_10": "caption among ten",
+    "words": "change of nats on words alone",
 }
-"""Suite and figure; what the table calls it."""
+"""Figure of a record; what the table calls it."""
+LESS = "less than with no picture"
 
 
 def main() -> int:
@@ -119,13 +115,14 @@ def train(arm: str, rate: str, seed: int) -> RunDir:
 
 
 def record_of(arm: str, rate: str, seed: int) -> Path:
-    """The file that keeps what a run reached: nats a token on the `validation` half, figures by suite, `minutes` on which `processor`."""
+    """The file that keeps what a run reached: nats a token on the `validation` half; of the `test` half [figure, its error]; `minutes`."""
     return RECORDS / str(seed) / f"{arm}-{rate}.json"
 
 
 def recorded(arm: str, rate: str, seed: int) -> dict[str, Any]:
     """What it holds; nothing if it is not there, or of other rates: the projector's may have been chosen anew since."""
-    found = read_json(record_of(arm, rate, seed)) or {}
+    file = record_of(arm, rate, seed)
+    found = kept(file) if file.exists() else {}
     return found if found.get("rates") == rates_of(arm, rate) else {}
 
 
@@ -164,7 +161,7 @@ def asked_of(arm: str, rate: str, seed: int, key: str) -> Any:
     """
     found = recorded(arm, rate, seed)
     if key not in found:
-        raise FileNotFoundError(errno.ENOENT, f"no {key}", str(record_of(arm, rate, seed)))
+        raise FileNotFoundError(errno.ENOENT, f"no {key}", f"{key} of rates {rates_of(arm, rate)} in {record_of(arm, rate, seed)}")
     return found[key]
 
 
@@ -176,14 +173,33 @@ def best_rate(arm: str) -> str:
 def measure(arm: str, seed: int) -> None:
     """Trains with the arm's learning rate, and measures the test half."""
     rate = best_rate(arm)
-    for suite, data in SUITES.items():
-        if suite not in recorded(arm, rate, seed):
-            run = train(arm, rate, seed)
-            out = run.path / f"{suite}.json"
-            if not out.exists():
-                end_where_it_fails(BIN / "xc-compose", "eval", run.path, "--suite", suite, *data, "-o", out)
-            rows = json.loads(out.read_text())["tables"][0]["rows"]
-            add(arm, rate, seed, run, {suite: {row["figure"]: row["value"] for row in rows}})
+    if "test" in recorded(arm, rate, seed):
+        return
+    run = train(arm, rate, seed)
+    out = run.path / "captions.json"
+    if not out.exists():
+        end_where_it_fails(BIN / "xc-compose", "eval", run.path, "--suite", "captions", "--data", HELD_OUT / "test", "-o", out)
+    found = {row["figure"]: [row["value"], row["stderr"]] for row in json.loads(out.read_text())["tables"][0]["rows"]}
+    opened = open_model(run.path)
+    ours, base = words_alone(opened), base_words()
+    change = Scores(ours.nll - base.nll, base.tokens)
+    found["words"] = [change.mean(), change.stderr()]
+    add(arm, rate, seed, run, {"test": found, "format": str(opened.dtype).removeprefix("torch.")})
+
+
+def words_alone(opened: Opened) -> Scores:
+    """Of the held-out paragraphs, without the first token and the end: those tell that something begins and ends, which captions teach."""
+    scorer = Scorer(opened.model, opened.tokenizer, opened.config)
+    segments = scorer.texts(HELD_OUT / "text")
+    for segment in segments:
+        segment.rendered.supervised[[1, -1]] = False
+    return scorer.score(segments)
+
+
+@cache
+def base_words() -> Scores:
+    """The same of the language model that all arms begin from."""
+    return words_alone(first_weights(config_of("projector", best_rate("projector"), 0)))
 
 
 def tuning_table() -> str:
@@ -197,22 +213,26 @@ def tuning_table() -> str:
 
 
 def outcome_table(seeds: list[int]) -> str:
-    """A row an arm: mean over seeds, and their standard deviation."""
-    lines = [f"| | {' | '.join(COLUMNS.values())} | minutes |", "|---" * (len(COLUMNS) + 2) + "|"]
-    controls = [control.recorded(seed) for seed in seeds]
-    blanks = " | " * (len(COLUMNS) - 1)
-    lines.append(
-        f"| no picture | {_spread([c['test'][0] for c in controls])} | {blanks}{statistics.mean(c['minutes'] for c in controls):.1f} |"
-    )
+    """A row an arm: mean over seeds, their standard deviation, and in brackets the standard error over what was asked, of a seed."""
+    blind = [control.recorded(seed)["test"] for seed in seeds]
+    first, *others = COLUMNS
+    lines = [f"| | {' | '.join([COLUMNS[first], LESS, *(COLUMNS[figure] for figure in others)])} | minutes |"]
+    lines.append("|---" * (len(COLUMNS) + 3) + "|")
+    lines.append(f"| no picture | {_spread(blind)} |{' |' * (len(COLUMNS) + 1)}")
     for arm in RATES:
-        rate = best_rate(arm)
-        cells = [_spread([asked_of(arm, rate, seed, suite)[figure] for seed in seeds]) for suite, figure in COLUMNS]
-        lines.append(f"| {arm} | {' | '.join(cells)} | {statistics.mean(asked_of(arm, rate, seed, 'minutes') for seed in seeds):.1f} |")
+        tests = [asked_of(arm, best_rate(arm), seed, "test") for seed in seeds]
+        less = [[unseen[0] - test[first][0]] for unseen, test in zip(blind, tests, strict=True)]
+        cells = [_spread(less), *(_spread([test[figure] for test in tests]) for figure in others)]
+        minutes = statistics.mean(asked_of(arm, best_rate(arm), seed, "minutes") for seed in seeds)
+        lines.append(f"| {arm} | {_spread([test[first] for test in tests])} | {' | '.join(cells)} | {minutes:.0f} |")
     return "\n".join(lines)
 
 
-def _spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+def _spread(figures: Sequence[Sequence[float]]) -> str:
+    """Of figures of seeds, each with its standard error or without."""
+    values, *errors = zip(*figures, strict=True)
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}{''.join(f' ({statistics.mean(error):.3f})' for error in errors)}"
 
 
 if __name__ == "__main__":

@@ -192,8 +192,8 @@ def test_an_arm_of_the_ablation_takes_the_rate_that_validation_prefers(monkeypat
         for number, rate in enumerate(rates):
             write_record(arm, rate, 0, validation=4.0 + abs(number - (0 if arm == "lora" else 1)))
         for seed in (0, 1):
-            found = {suite: {figure: 0.5 + seed for of, figure in ablation.COLUMNS if of == suite} for suite in ablation.SUITES}
-            write_record(arm, ablation.best_rate(arm), seed, minutes=10.0, **found)
+            test = {figure: [0.5 + seed, 0.25] for figure in ablation.COLUMNS}
+            write_record(arm, ablation.best_rate(arm), seed, minutes=10.0, test=test)
     chosen = {arm: rates[0 if arm == "lora" else 1] for arm, rates in ablation.RATES.items()}
     assert {arm: ablation.best_rate(arm) for arm in ablation.RATES} == chosen
     assert "| lora | **1e-4: 4.000** · 3e-4: 5.000 · 1e-3: 6.000 · 3e-3: 7.000 | at an end |" in ablation.tuning_table()
@@ -201,15 +201,15 @@ def test_an_arm_of_the_ablation_takes_the_rate_that_validation_prefers(monkeypat
     document.write_text(f"{ablation.tuning_table()}\n\n{ablation.outcome_table([0, 1])}")
     assert check(monkeypatch, ablation, document) == 0
     said = document.read_text()
-    assert "| plora | 3e-4: 5.000 · **1e-3: 4.000** · 3e-3: 5.000 · 1e-2: 6.000 |  |" in said and "| 1.000 ± 0.707 |" in said
-    assert "| no picture | 4.000 ± 0.000 |  |  |  |  |  | 8.0 |" in said
+    assert "| plora | 3e-4: 5.000 · **1e-3: 4.000** · 3e-3: 5.000 · 1e-2: 6.000 |  |" in said in said
+    assert "| no picture | 4.000 ± 0.000 (0.100) | | | | | | |" in said
+    assert f"| plora | 1.000 ± 0.707 (0.250) | 3.000 ± 0.707 {'| 1.000 ± 0.707 (0.250) ' * 4}| 10 |" in said
     document.write_text(said.replace("0.707", "0.0"))
     assert check(monkeypatch, ablation, document) == 1
     document.write_text(said)
     monkeypatch.setitem(ablation.RATES, "projector", ("2e-3",))
-    figures = {suite: {figure: 0.5 for of, figure in ablation.COLUMNS if of == suite} for suite in ablation.SUITES}
     for seed in (0, 1):
-        write_record("projector", "2e-3", seed, validation=1.0, minutes=10.0, **figures)
+        write_record("projector", "2e-3", seed, validation=1.0, minutes=10.0, test={figure: [0.5, 0.25] for figure in ablation.COLUMNS})
     with pytest.raises(FileNotFoundError):  # PLoRA was trained beside a projector of another rate
         check(monkeypatch, ablation, document)
 
