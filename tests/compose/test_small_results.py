@@ -11,6 +11,8 @@ import pytest
 
 from data_pipeline.errors import UserError
 from train import configure
+from train.evaluate import Scorer
+from train.weights.opened import open_model
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -212,6 +214,20 @@ def test_an_arm_of_the_ablation_takes_the_rate_that_validation_prefers(monkeypat
         write_record("projector", "2e-3", seed, validation=1.0, minutes=10.0, test={figure: [0.5, 0.25] for figure in ablation.COLUMNS})
     with pytest.raises(FileNotFoundError):  # PLoRA was trained beside a projector of another rate
         check(monkeypatch, ablation, document)
+
+
+def test_words_alone_leave_out_the_begin_and_the_end_that_captions_teach(run_dir, demo, monkeypatch):
+    import ablation
+
+    monkeypatch.setattr(ablation, "HELD_OUT", demo.source("heldout"))
+    opened = open_model(run_dir)
+    scorer = Scorer(opened.model, opened.tokenizer, opened.config)
+    texts = scorer.texts(demo.source("heldout/text"))
+    everything, words = scorer.score(texts), ablation.words_alone(opened)
+    for segment in texts:
+        segment.rendered.supervised[2:-1] = False
+    assert (words.tokens == everything.tokens - 2).all()
+    assert words.nll == pytest.approx(everything.nll - scorer.score(texts).nll, rel=1e-4)
 
 
 def test_where_one_of_two_tasks_fails_no_other_is_begun():
