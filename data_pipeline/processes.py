@@ -23,14 +23,16 @@ def end_with_parent() -> None:
 def end_with_maker() -> None:
     """Ends this process, a worker of `multiprocessing`, when the process that made it is gone, also where that was killed.
 
-    The kernel may watch another one: a server that forked it, which lives as long as any of its workers does.
+    The kernel does so where that one forked it. It may watch another one: a server, which lives as long as any of its workers does.
     """
     maker = multiprocessing.parent_process()
+    if maker is None or maker.pid == os.getppid():
+        end_with_parent()  # even where this process is stuck in C
+        return
 
     def wait() -> None:
-        if maker is not None:
-            maker.join()
-            os._exit(1)
+        maker.join()
+        os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
 

@@ -21,7 +21,7 @@ from slurm.job_dir import JobDir
 from slurm.script import Place, render
 from train import configure
 from train.config import Config
-from train.run_dir import RunDir, read_json
+from train.run_dir import RunDir, own, read_json
 
 SECRET = re.compile(r"(?i)(key|token(?!izer)|secret|passw)")
 LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs")
@@ -113,9 +113,16 @@ def plan(path: str, overrides: Sequence[str], dry_run: bool, earlier: Sequence[s
 
 
 def _hand_over(stage: Planned, after: str | None = None) -> str:
-    """Freezes and submits a stage; returns its job."""
-    stage.job_dir.freeze(configure.to_yaml(stage.config), stage.script)
-    stage.job_dir.run.stop_file.unlink(missing_ok=True)
+    """Freezes and submits a stage; returns its job.
+
+    Raises:
+        UserError: somebody trains in its run directory, without Slurm.
+    """
+    run = stage.job_dir.run
+    run.create()
+    with own(run):
+        stage.job_dir.freeze(configure.to_yaml(stage.config), stage.script)
+        run.stop_file.unlink(missing_ok=True)
     job = client.submit(stage.job_dir.script, after)
     stage.job_dir.write_job(job)
     waits = f", once job {after} has finished" if after else ""
@@ -168,10 +175,7 @@ def check(config: Config, settings: SlurmConfig, place: Place, earlier: Sequence
                 f"run.init_from: {config.run.init_from} is neither a finished run nor a folder of Hugging Face weights "
                 "(wait for its job, submit both with xc-slurm chain, or mend the path)"
             )
-    if (place.run / "config.yaml").exists():
-        key = configure.shaping_difference(config, configure.read_resolved(place.run))
-        if key:
-            raise UserError(f"{place.run} belongs to another config: {key} differs (choose another run.dir, or delete that one)")
+    configure.require_same(config, place.run)
 
 
 def finished(config: Config) -> bool:

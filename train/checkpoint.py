@@ -272,12 +272,20 @@ def publish(run: RunDir, partial: Path, name: str, state: TrainState, config: Ch
         _remove(target)
     partial.replace(target)
     write_atomic(run.checkpoints / "latest", name.encode())
+    _retire(run, config)
+
+
+def _retire(run: RunDir, config: CheckpointConfig) -> None:
+    """Removes the checkpoints that are no longer kept. The new one is there: what fails is left to the next."""
     found = newest_first(run)
-    good = next((folder for folder in found if is_good(folder)), None)
+    try:
+        good = next((folder for folder in found if is_good(folder)), None)
+    except OSError:  # as long as it is not known which is good, none goes
+        return
     for old in found[config.keep_last :]:
         kept = config.keep_every and int(old.name.removeprefix(PREFIX)) % config.keep_every == 0
         if old != good and not kept:
-            with suppress(OSError):  # the new one is there
+            with suppress(OSError):
                 _remove(old)
 
 

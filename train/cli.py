@@ -140,6 +140,7 @@ def _run(args: argparse.Namespace) -> int:
             if code != EXIT_DONE:
                 return code
         else:
+            configure.require_same(config, run.path)  # somebody may have trained another one since it was checked
             print(f"{config.run.name}: finished before, in {run.path}")
         if not run.evaluation.exists() and configure.held_out(config):
             code = _evaluate_apart(run.path)
@@ -194,12 +195,7 @@ def _check_stage(config: Config, earlier: list[Config]) -> None:
         from train.weights import initial  # and with it torch and the model, which nothing else here waits for
 
         initial.check(config)
-    run = RunDir(config.run.dir)
-    if run.config.exists():
-        key = configure.shaping_difference(config, configure.read_resolved(run.path))
-        if key:
-            others = ", or set data.change to go on with the new mix" if key.split(".")[1] in configure.MIX else ""
-            raise UserError(f"{run.path} belongs to another config: {key} differs (choose another run.dir, or delete that one{others})")
+    configure.require_same(config, Path(config.run.dir))
 
 
 def _ranks(asked: int | None) -> int:

@@ -12,6 +12,7 @@ from data_pipeline import configure
 from data_pipeline.config import Change, ImageRule, MixUnit, as_plain
 from data_pipeline.errors import UserError
 from train.config import Attention, Config, DeepSpeedConfig, GuardThen, OffloadTo, Precision, Schedule
+from train.run_dir import RunDir
 
 CADENCE = ("workers", "prefetch", "change", "read_stall", "read_deadline", "cache_dir", "cache_gib")
 """Keys of `data` that shape no result."""
@@ -101,6 +102,19 @@ def shaping_difference(ours: Config, theirs: Config) -> str | None:
         if found:
             return found
     return None
+
+
+def require_same(config: Config, run_dir: Path) -> None:
+    """Refuses a run directory whose results another config shaped.
+
+    Raises:
+        UserError: the first key that differs.
+    """
+    if RunDir(run_dir).config.exists():
+        key = shaping_difference(config, read_resolved(run_dir))
+        if key:
+            others = ", or set data.change to go on with the new mix" if key.split(".")[1] in MIX else ""
+            raise UserError(f"{run_dir} belongs to another config: {key} differs (choose another run.dir, or delete that one{others})")
 
 
 def _at(tree: Any, path: str) -> Any:

@@ -3,7 +3,6 @@
 Invariant: when `run_stage` returns, no process that it started is left. One life at a time owns a run directory.
 """
 
-import fcntl
 import os
 import signal
 import socket
@@ -16,10 +15,10 @@ from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
-from data_pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_TRY_AGAIN, EXIT_USER, UserError
+from data_pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_TRY_AGAIN, EXIT_USER
 from train import configure
 from train.config import Config, WatchdogConfig
-from train.run_dir import RunDir, read_json, write_atomic
+from train.run_dir import RunDir, own, read_json, write_atomic
 
 GRACE_S = 10.0
 """How long ranks may take to end after one of them has ended with an error."""
@@ -65,32 +64,14 @@ def made(config: Config) -> Iterator[RunDir]:
     """The run directory of a checked stage, held, with the config in it: the next life of a run that somebody else holds reads its own.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or it belongs to another config: hours may have passed since the stage was checked.
     """
     run = RunDir(config.run.dir)
     run.create()
     with own(run):
+        configure.require_same(config, run.path)
         write_atomic(run.config, configure.to_yaml(config).encode())
         yield run
-
-
-@contextmanager
-def own(run: RunDir) -> Iterator[None]:
-    """Holds the run directory; the lock dies with this process.
-
-    Raises:
-        UserError: another process holds it.
-    """
-    with run.lock.open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{run.path} is in use by a running job (wait for it, or touch {run.stop_file})") from None
-        except OSError as error:
-            cure = "choose a run.dir whose file system knows flock: Lustre does where it is mounted with -o flock"
-            raise UserError(f"{run.lock} cannot be locked: {error.strerror} ({cure})") from None
-        lock.truncate(0)  # a Slurm job that holds it has its number there, by which its next life knows it (slurm/job.sbatch.j2)
-        yield
 
 
 def rank_environment(rank: int, procs: int, port: int) -> dict[str, str]:

@@ -16,8 +16,7 @@ from pathlib import Path
 from data_pipeline.errors import EXIT_CRASH, EXIT_USER, STORAGE_ERRORS, TryAgainError, UserError
 from data_pipeline.processes import end_with_parent, keep_freed_memory, open_many_files
 from train import configure
-from train.launch import own
-from train.run_dir import RunDir
+from train.run_dir import RunDir, own
 from train.signals import leave_when_asked
 from train.watchdog import Watchdog
 

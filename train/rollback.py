@@ -28,12 +28,15 @@ def roll_back(run: RunDir, ranks: Ranks, now: TrainState, config: CheckpointConf
     """Makes the rollback of the state `now`; all ranks call it, while no checkpoint is being written.
 
     Returns the step whose weights it has, or why there is none.
+
+    Raises:
+        TryAgainError: a checkpoint cannot be read, on rank 0.
     """
     return ranks.share(_roll_back(run, now, config) if ranks.rank == 0 else None)
 
 
 def _roll_back(run: RunDir, now: TrainState, config: CheckpointConfig) -> int | str:
-    folder = next((f for f in intact.newest_first(run) if intact.is_good(f) and not intact.problem(f)), None)
+    folder = intact.newest_good(run)
     if folder is None:
         return "there is no good checkpoint to go back to"
     good = checkpoint.read_state(folder)

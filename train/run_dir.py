@@ -13,11 +13,14 @@
 Invariant: a file that others read is replaced in one step, never seen half-written.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +134,25 @@ class RunDir:
     def beat(self, step: int, phase: str) -> None:
         """Says that rank 0 is alive and where it is."""
         write_json(self.heartbeat, {"step": step, "phase": phase, "time": time.time()})
+
+
+@contextmanager
+def own(run: RunDir) -> Iterator[None]:
+    """Holds the run directory; the lock dies with this process.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    with run.lock.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run.path} is in use by a running job (wait for it, or touch {run.stop_file})") from None
+        except OSError as error:
+            cure = "choose a run.dir whose file system knows flock: Lustre does where it is mounted with -o flock"
+            raise UserError(f"{run.lock} cannot be locked: {error.strerror} ({cure})") from None
+        lock.truncate(0)  # a Slurm job that holds it has its number there, by which its next life knows it (slurm/job.sbatch.j2)
+        yield
 
 
 def write_atomic(path: Path, content: bytes) -> None:

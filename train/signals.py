@@ -16,10 +16,13 @@ REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 def leave_when_asked(run: RunDir) -> None:
-    """Until there is a `StopRequest`, one ends this process at once, and the outcome says so: starting up may take minutes."""
+    """Until there is a `StopRequest`, one ends this process at once, and rank 0 says so in the outcome: starting up may take minutes.
+
+    Other ranks are asked too and say nothing: torchrun ends them where rank 0 was refused, since the run is another's.
+    """
 
     def leave(number: int, frame: FrameType | None) -> None:
-        if not run.outcome.exists():
+        if int(os.environ.get("RANK", 0)) == 0 and not run.outcome.exists():
             with suppress(OSError):
                 why = f"asked to stop ({signal.Signals(number).name}) before the first step of this life; the same command goes on"
                 run.write_outcome(EXIT_TRY_AGAIN, why, 0)

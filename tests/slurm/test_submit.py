@@ -20,7 +20,7 @@ from slurm.job_dir import JobDir
 from slurm.status import describe
 from slurm.submit import wasteful
 from train import configure
-from train.run_dir import RunDir
+from train.run_dir import RunDir, own
 
 
 @pytest.mark.parametrize(
@@ -170,6 +170,18 @@ def test_a_run_directory_of_another_config_is_refused(cluster, slurm_stage, tmp_
     refused = stage.command("submit", str(stage.config), "train.lr=0.5")
     assert refused.returncode == EXIT_USER
     assert "train.lr differs" in refused.stderr
+
+
+def test_a_run_directory_in_which_somebody_trains_without_slurm_is_refused_and_left_alone(cluster, slurm_stage):
+    stage = slurm_stage(environment=cluster.environment)
+    run = RunDir(stage.path)
+    run.create()
+    run.stop_file.touch()
+    with own(run):
+        refused = stage.command("submit", str(stage.config))
+        assert refused.returncode == EXIT_USER
+        assert "in use by a running job" in refused.stderr
+        assert run.stop_file.exists() and not run.config.exists()
 
 
 def test_status_says_why_a_job_waits_and_until_when_and_stop_takes_it_out_of_the_queue(cluster, slurm_stage):

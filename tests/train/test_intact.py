@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
+import pytest
 import torch
 from one_rank import Alone, Model, make, state, steps
 
+from data_pipeline.errors import TryAgainError
 from slurm.job_dir import newest_checkpoint
 from train import intact
 
@@ -45,18 +47,71 @@ def test_a_damaged_one_takes_the_place_of_none_that_is_written_after_it(run):
     assert (run.checkpoints / "latest").read_text() == "step-00000003"
 
 
-def test_one_that_the_disk_cannot_read_is_passed_over(run, monkeypatch):
-    def fail(path):
-        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+@pytest.fixture
+def unreadable(monkeypatch):
+    """Makes the disk refuse to read the files of that name."""
+
+    def refuse(name: str) -> None:
+        def read_bytes(path: Path, real=Path.read_bytes):
+            if path.name == name:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+            return real(path)
+
+        def digest(path: Path, real=intact.file_digest):
+            return real(path) if path.name != name else read_bytes(path)
+
+        monkeypatch.setattr(Path, "read_bytes", read_bytes)
+        monkeypatch.setattr(intact, "file_digest", digest)
+
+    return refuse
+
+
+@pytest.mark.parametrize("name", ["weight.pt", "state.json", "manifest.json"])
+def test_one_that_the_disk_cannot_read_is_waited_for_and_no_older_one_takes_its_place(run, unreadable, name):
+    writer = make(run, Model(), keep_last=1)
+    for step in (1, 2):
+        writer.save(state(step))
+    writer.wait()
+    unreadable(name)
+    for asks in (lambda: intact.find(run, Alone(0, 1, 0, None), print), lambda: intact.newest_good(run)):
+        with pytest.raises(TryAgainError, match=rf"step-00000002: {name} cannot be read: Input/output error \(mend .* or move that"):
+            asks()
+    assert steps(run) == [2], "it may be read again: it keeps its name"
+
+
+def test_as_long_as_it_is_not_known_which_is_good_none_is_removed(run, unreadable):
+    writer = make(run, Model(), keep_last=1)
+    writer.save(state(1))
+    writer.wait()
+    unreadable("state.json")
+    for step in (2, 3):
+        writer.save(state(step, guard={"in_a_row": step}))
+        writer.wait()
+    assert steps(run) == [1, 2, 3]
+
+
+def test_a_state_that_says_something_else_is_not_gone_back_to(run):
+    writer = make(run, Model(), keep_last=2)
+    for step in (1, 2):
+        writer.save(state(step))
+    writer.wait()
+    file = run.checkpoints / "step-00000002" / "state.json"
+    file.write_text(file.read_text().replace('"guard"', '"guarc"'))
+    assert intact.newest_good(run).name == "step-00000001"
+
+
+def test_a_damaged_one_that_cannot_be_renamed_is_said_and_passed_over(run, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
 
     writer = make(run, Model())
     writer.save(state(1))
     writer.wait()
-    monkeypatch.setattr(intact, "file_digest", fail)
+    (run.checkpoints / "step-00000001" / "weight.pt").unlink()
+    monkeypatch.setattr(Path, "rename", refuse)
     said = []
     assert intact.find(run, Alone(0, 1, 0, None), said.append) is None
-    assert len(said) == 1 and said[0].endswith("cannot be read: Input/output error")
-    assert steps(run) == [1], "it may be read again: it keeps its name"
+    assert said[0].endswith("is missing (it keeps its name: Directory not empty)")
 
 
 @dataclass(frozen=True)

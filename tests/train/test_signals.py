@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from data_pipeline.errors import EXIT_TRY_AGAIN, UserError
-from train import launch
+from train import run_dir
 from train.run_dir import RunDir
 from train.signals import REQUESTS, StopRequest
 
@@ -35,6 +36,15 @@ def test_a_rank_that_is_asked_to_stop_before_it_trains_leaves_at_once_and_says_s
     outcome = RunDir(tmp_path).read_outcome()
     assert outcome["code"] == EXIT_TRY_AGAIN
     assert f"asked to stop ({number.name}) before the first step" in outcome["reason"]
+
+
+def test_before_it_trains_only_rank_0_says_so_since_others_may_be_of_a_command_that_is_refused(tmp_path):
+    environment = {**os.environ, "RANK": "1"}
+    rank = subprocess.Popen([sys.executable, "-c", STARTING, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment)
+    assert rank.stdout.readline() == "starting up\n"
+    rank.terminate()
+    assert rank.wait(timeout=50) == EXIT_TRY_AGAIN
+    assert RunDir(tmp_path).read_outcome() is None
 
 
 def test_only_rank_0_looks_for_the_stop_file_and_every_rank_hears_a_signal(tmp_path):
@@ -72,12 +82,39 @@ def test_a_rank_may_open_as_many_files_as_the_system_allows_and_not_the_usual_th
     assert subprocess.run(["bash", "-c", limited], capture_output=True, text=True, check=True).stdout == f"{most} {most}\n"
 
 
+STUCK = """
+import ctypes, multiprocessing, time
+from data_pipeline.processes import begin_worker
+
+def work():
+    begin_worker(0)
+    print(multiprocessing.current_process().pid, flush=True)
+    ctypes.PyDLL(None).sleep(600)  # in C, and no other thread of it may run
+
+multiprocessing.get_context("fork").Process(target=work).start()
+time.sleep(600)
+"""
+
+
+def test_a_data_worker_ends_with_a_trainer_that_is_killed_even_where_it_is_stuck_in_c():
+    trainer = subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True)
+    worker = Path("/proc") / trainer.stdout.readline().strip()
+    time.sleep(0.5)  # so that it is in C
+    assert worker.exists()
+    trainer.kill()
+    trainer.wait()
+    until = time.monotonic() + 60
+    while worker.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not worker.exists()
+
+
 def test_a_file_system_without_locks_is_said_in_one_line(tmp_path, monkeypatch):
     def unknown(*_: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     run = RunDir(tmp_path / "run")
     run.create()
-    monkeypatch.setattr(launch.fcntl, "flock", unknown)
-    with pytest.raises(UserError, match=r"cannot be locked: Function not implemented \(choose a run.dir .*flock"), launch.own(run):
+    monkeypatch.setattr(run_dir.fcntl, "flock", unknown)
+    with pytest.raises(UserError, match=r"cannot be locked: Function not implemented \(choose a run.dir .*flock"), run_dir.own(run):
         pass

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline import jsonl
-from data_pipeline.errors import EXIT_DONE, EXIT_USER
+from data_pipeline.errors import EXIT_DONE, EXIT_USER, UserError
 from train import configure, launch
 from train.cli import main
 from train.rank import storage_reason
@@ -112,6 +112,15 @@ def test_a_run_directory_that_another_holds_is_refused_and_keeps_the_config_that
         before = made.run.config.read_bytes()
         assert "in use" in refused(made.config, "track.every=7", command=command)
         assert made.run.config.read_bytes() == before
+
+
+def test_a_run_directory_that_another_config_took_since_the_stage_was_checked_is_refused(stage):
+    made = stage()
+    with launch.made(configure.load(made.config, ["train.lr=0.5"])):
+        pass  # as hours ago, while an earlier stage of the same command trained
+    with pytest.raises(UserError, match=r"belongs to another config: train\.lr differs"), launch.made(configure.load(made.config)):
+        pass
+    assert configure.read_resolved(made.run.path).train.lr == 0.5
 
 
 def test_what_does_not_shape_the_result_may_change_and_a_finished_run_is_passed_over(whole, capfd):
