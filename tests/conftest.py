@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Streams of tests share the cores: two threads that wait for each other cost several times what one does.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 gc.disable()  # until all is imported
+settings.register_profile("any pace", deadline=None)
+settings.load_profile("any pace")
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo"
 DEMO_SOURCES = ("pairs", "documents", "text", "prose")

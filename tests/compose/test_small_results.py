@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -233,14 +234,16 @@ def test_words_alone_leave_out_the_begin_and_the_end_that_captions_teach(run_dir
 def test_where_one_of_two_tasks_fails_no_other_is_begun():
     from ablation import side_by_side
 
-    begun = []
+    begun, failed = [], threading.Event()
 
     def work(arm: str, number: int) -> None:
         begun.append(number)
         if arm == "fails":
+            failed.set()
             raise SystemExit(3)
         if arm == "waits":
-            time.sleep(0.5)  # until the other has failed
+            failed.wait(60)
+            time.sleep(0.5)  # until that is known
 
     side_by_side(work, [("ends", number) for number in range(5)], 2)
     assert sorted(begun) == [0, 1, 2, 3, 4]

@@ -42,7 +42,7 @@ def batch_of(parts: list[list[str | None]]) -> PackedBatch:
     return assemble([segment(p, i) for i, p in enumerate(parts)], SIZE, IMAGE_TOKENS, END)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(packs)
 def test_segments_lie_end_to_end_and_padding_closes_them(parts):
     batch = batch_of(parts)
@@ -59,7 +59,7 @@ def test_segments_lie_end_to_end_and_padding_closes_them(parts):
     assert batch.segment_sample.tolist() == [*(100 + i for i in range(len(parts))), PADDING_SOURCE]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(packs)
 def test_targets_are_the_next_tokens_of_the_same_segment(parts):
     batch = batch_of(parts)
@@ -78,7 +78,7 @@ def test_targets_are_the_next_tokens_of_the_same_segment(parts):
         assert borders[-2] <= at < borders[-1], "surplus rows lie in the padding"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(packs)
 def test_targets_read_as_the_text_of_each_sample(parts):
     batch = batch_of(parts)
@@ -91,7 +91,7 @@ def test_targets_read_as_the_text_of_each_sample(parts):
         assert Letters().decode(tokens[:-1]) == "".join(p for p in sample if p is not IMAGE)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(packs)
 def test_every_image_has_its_rows_in_its_own_segment(parts):
     batch = batch_of(parts)
@@ -111,7 +111,7 @@ def test_every_image_has_its_rows_in_its_own_segment(parts):
 
 
 @given(packs)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_image_rows_hold_valid_ids(parts):
     batch = batch_of(parts)
     assert set(batch.input_ids[batch.image_index].tolist()) == {END}

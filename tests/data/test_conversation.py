@@ -185,7 +185,7 @@ said = st.text("ab \n<é", max_size=12)
 turns_of = st.lists(st.tuples(st.sampled_from(["user", "gpt"]), st.lists(said, min_size=1, max_size=3)), min_size=1, max_size=6)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(turns=turns_of, room=st.integers(12, 60))
 def test_pieces_of_a_conversation_cost_what_was_counted_and_learn_the_same(official, turns, room):
     turns = [*turns, ("gpt", ["the end"])]

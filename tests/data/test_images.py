@@ -137,7 +137,7 @@ def test_garbage_is_a_bad_sample(data):
     assert " at 0x" not in str(refused.value), "the same bytes are bad for the same reason everywhere"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"]), st.data())
 def test_damaged_bytes_decode_or_are_bad_but_never_raise(form, data):
     content = bytearray(encode(halves(width=16, height=8), form))
@@ -359,7 +359,7 @@ def test_the_fast_decoder_calls_bad_what_pillow_calls_bad(data):
             load_square(data, ImageConfig(size=16, decoder=decoder), None)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_the_fast_decoder_reads_what_pillow_reads(data):
     """Of damaged JPEGs: the same are bad."""

@@ -166,7 +166,7 @@ def test_what_follows_a_list_is_named_and_not_dropped_in_silence(tmp_path, monke
     assert found == [[(0, "{'n': 0}"), *end], [(1, "{'n': 1}")]]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_no_bytes_at_all_make_reading_records_raise(tmp_path_factory, data):
     """Arbitrary bytes, and good lists and lines with a few bytes changed."""

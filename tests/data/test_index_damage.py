@@ -15,7 +15,7 @@ from data_pipeline.shards.merge import merge
 from data_pipeline.shards.tar import Damage, RawSample, walk
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_truncated_tar_keeps_every_whole_sample_and_names_the_damage(tmp_path_factory, data):
     shard = write_tar(tmp_path_factory.mktemp("cut") / "a.tar", make_pairs(PAIRS))
@@ -54,7 +54,7 @@ def test_zero_bytes_between_members_are_not_taken_for_the_end(pairs):
     assert found[-1][1].startswith("data after the end marker")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_no_bytes_at_all_make_the_walk_raise(tmp_path_factory, data):
     shard = write_tar(tmp_path_factory.mktemp("hostile") / "a.tar", make_pairs(2))

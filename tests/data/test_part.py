@@ -53,7 +53,7 @@ def targets(batch: PackedBatch, first: int = 0) -> list[tuple[int, int, int]]:
     return [row for row in rows if row[1] != IGNORE]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(documents, st.integers(2, 5), st.booleans())
 def test_the_parts_together_are_the_batch(packed, ranks, partitioned):
     batch = assemble([segment(elements, i, partitioned) for i, elements in enumerate(packed)], SIZE, TILE_TOKENS, 2)

@@ -93,7 +93,7 @@ def test_the_layout_reads_as_the_picture_does(grid, line):
     assert sorted(found[found >= 0]) == list(range((rows * columns + 1) * line**2)), "every feature once"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), max_size=4), most=st.integers(1, 7))
 def test_planned_is_rendered_is_laid_out(demo_tokenizer, sizes, most):
     config = ImageConfig(size=SIDE, tokens=TOKENS, policy=ImageRule.partition, most_tiles=most)

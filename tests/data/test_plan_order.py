@@ -12,7 +12,7 @@ seeds = st.integers(0, 2**64 - 1)
 
 
 @given(sources(), seeds, st.integers(0, 5))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_kept_sample_once_an_epoch(source: ArraySource, seed: int, epoch: int) -> None:
     order = EpochOrder(source, seed, 1)
     assert sorted(order.rows(epoch, 0, order.samples).tolist()) == source.rows.tolist()
@@ -26,7 +26,7 @@ def test_every_kept_sample_once_an_epoch_of_many_groups(block_rows: int) -> None
 
 
 @given(st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_range_of_positions_is_that_part_of_the_epoch(data: st.DataObject) -> None:
     source = text_source("ranges", 60_000, block_rows=data.draw(st.sampled_from([50, 250, 7_000])))
     order = EpochOrder(source, 5, 1)
@@ -36,7 +36,7 @@ def test_a_range_of_positions_is_that_part_of_the_epoch(data: st.DataObject) -> 
 
 
 @given(sources(), seeds, st.integers(0, 5))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_position_of_a_row_is_where_it_is_drawn(source: ArraySource, seed: int, epoch: int) -> None:
     order = EpochOrder(source, seed, 1)
     rows = order.rows(epoch, 0, order.samples).tolist()
@@ -53,7 +53,7 @@ def test_the_position_of_a_row_is_found_in_many_groups(block_rows: int) -> None:
 
 
 @given(sources(), seeds, st.integers(0, 200), st.integers(0, 200))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_draws_are_the_epochs_one_after_the_other(source: ArraySource, seed: int, first: int, count: int) -> None:
     order = EpochOrder(source, seed, 1)
     epochs, rows = order.draws(first, first + count)
@@ -63,7 +63,7 @@ def test_draws_are_the_epochs_one_after_the_other(source: ArraySource, seed: int
 
 
 @given(st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_removing_samples_leaves_the_relative_order_of_all_others(data: st.DataObject) -> None:
     samples, block_rows = 40_000, data.draw(st.sampled_from([30, 100, 250]))
     removed = np.random.RandomState(data.draw(st.integers(0, 2**32 - 1))).choice(samples, data.draw(st.integers(1, 4_000)), replace=False)

@@ -52,7 +52,7 @@ mixes = st.sampled_from([["1", "2", "1"], ["0.1", "1", "0"], ["0", "0.3", "3"], 
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_change_repeats_and_skips_exactly_what_it_says(data: st.DataObject) -> None:
     held = [data.draw(sources(name)) for name in "abc"]
     repeat = data.draw(st.booleans())
@@ -83,7 +83,7 @@ def pieces_of_draws(plan: Plan, source: int, draws: int) -> Held:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_changed_mix_of_epochs_still_ends_each_source_after_its_epochs(data: st.DataObject) -> None:
     held = [data.draw(sources(name)) for name in "ab"]
     old = make(held, [Fraction(1), Fraction(2)], "epochs")

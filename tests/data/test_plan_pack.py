@@ -43,7 +43,7 @@ def best_fit_item_by_item(tokens: np.ndarray, images: np.ndarray, limits: Budget
 
 
 @given(packings())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_every_piece_is_in_one_pack_and_no_pack_is_over_a_budget(packing: tuple[np.ndarray, np.ndarray, Budgets]) -> None:
     tokens, images, limits = packing
     packs = pack(tokens, images, limits)
@@ -55,7 +55,7 @@ def test_every_piece_is_in_one_pack_and_no_pack_is_over_a_budget(packing: tuple[
 
 
 @given(packings())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_runs_are_packed_as_item_by_item_best_fit_would(packing: tuple[np.ndarray, np.ndarray, Budgets]) -> None:
     tokens, images, limits = packing
     reference = best_fit_item_by_item(tokens, images, limits)

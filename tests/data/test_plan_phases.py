@@ -66,7 +66,7 @@ def test_a_phase_begins_at_the_first_border_that_has_its_share_of_the_packs_befo
 
 
 @given(st.integers(2, 40), st.lists(st.integers(1, 99), min_size=1, max_size=3, unique=True), st.integers(5, 100))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_each_phase_draws_by_its_own_weights(window: int, places: list[int], steps: int) -> None:
     later = [Phase(Fraction(at, 100), (Fraction(at), Fraction(100 - at))) for at in sorted(places)]
     try:

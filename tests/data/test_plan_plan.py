@@ -48,7 +48,7 @@ def ingredients() -> dict[str, Any]:
 
 
 @given(epoch_plans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_first_window_of_a_sample_is_where_walking_meets_it_first(drawn: tuple[Plan, list[ArraySource], list[Fraction]]) -> None:
     plan, held, _ = drawn
     met: dict[tuple[int, int], int] = {}
@@ -75,7 +75,7 @@ def test_the_first_window_of_a_sample_of_an_endless_mix_is_found_however_far() -
 
 
 @given(epoch_plans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_over_the_run_every_kept_sample_appears_once_an_epoch(drawn: tuple[Plan, list[ArraySource], list[Fraction]]) -> None:
     plan, sources, weights = drawn
     batches = walk(plan)
@@ -91,7 +91,7 @@ def test_over_the_run_every_kept_sample_appears_once_an_epoch(drawn: tuple[Plan,
 
 
 @given(epoch_plans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_over_the_run_every_token_of_a_drawn_sample_appears_once(drawn: tuple[Plan, list[ArraySource], list[Fraction]]) -> None:
     plan, sources, _ = drawn
     spans: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
@@ -108,7 +108,7 @@ def test_over_the_run_every_token_of_a_drawn_sample_appears_once(drawn: tuple[Pl
 
 
 @given(epoch_plans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_pack_is_over_a_budget_and_none_is_empty(drawn: tuple[Plan, list[ArraySource], list[Fraction]]) -> None:
     for batch in walk(drawn[0]):
         for pieces in batch.packs:
@@ -118,7 +118,7 @@ def test_no_pack_is_over_a_budget_and_none_is_empty(drawn: tuple[Plan, list[Arra
 
 
 @given(epoch_plans(), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_global_batches_are_the_windows_packs_from_any_cursor(
     drawn: tuple[Plan, list[ArraySource], list[Fraction]], data: st.DataObject
 ) -> None:
@@ -135,7 +135,7 @@ def test_global_batches_are_the_windows_packs_from_any_cursor(
 
 
 @given(epoch_plans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_cursors_rise_are_normal_and_progress_ends_at_one(drawn: tuple[Plan, list[ArraySource], list[Fraction]]) -> None:
     plan, _, _ = drawn
     batches = walk(plan)

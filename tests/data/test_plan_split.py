@@ -21,7 +21,7 @@ def cut(sample_lengths: list[list[int]], limits: Budgets, overhead: int) -> Piec
 
 
 @given(held, budgets, st.integers(0, 4))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_the_pieces_of_a_sample_are_exactly_the_sample(sample_lengths: list[list[int]], limits: Budgets, overhead: int) -> None:
     pieces = cut(sample_lengths, limits, overhead)
     found: list[int] = []
@@ -42,7 +42,7 @@ def test_the_pieces_of_a_sample_are_exactly_the_sample(sample_lengths: list[list
 
 
 @given(held, budgets, st.integers(0, 4))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_piece_counts_what_it_holds_and_fits_alone(sample_lengths: list[list[int]], limits: Budgets, overhead: int) -> None:
     pieces = cut(sample_lengths, limits, overhead)
     for i in range(len(pieces)):
@@ -53,7 +53,7 @@ def test_a_piece_counts_what_it_holds_and_fits_alone(sample_lengths: list[list[i
 
 
 @given(held, budgets, st.integers(0, 4))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_no_image_is_cut_and_a_text_only_where_it_is_longer_than_any_piece(
     sample_lengths: list[list[int]], limits: Budgets, overhead: int
 ) -> None:
@@ -64,7 +64,7 @@ def test_no_image_is_cut_and_a_text_only_where_it_is_longer_than_any_piece(
 
 
 @given(held, budgets, st.integers(0, 4))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_pieces_are_greedy(sample_lengths: list[list[int]], limits: Budgets, overhead: int) -> None:
     pieces = cut(sample_lengths, limits, overhead)
     for i in np.flatnonzero(~pieces.last & (pieces.end_offset == 0)):

@@ -169,7 +169,7 @@ def test_steps_from_a_web_server_are_those_from_local_shards(demo, serve, shards
 
 def test_a_packs_samples_are_asked_for_together(demo, serve, shards):
     server = serve(shards, slow=1)
-    source = pairs_of(demo, server)
+    source = pairs_of(demo, server, Patience())
     found = ShardReader().read_all([source.locate(row) for row in (*range(12), 3, 3)])
     assert found == [local_bytes(demo, row) for row in (*range(12), 3, 3)]
     assert len(server.requests()) == 12, "a sample that is wanted twice is read once"
@@ -260,7 +260,7 @@ def test_a_shard_that_is_another_is_bad_data_and_the_others_are_read(demo, serve
 
 @pytest.mark.parametrize(("fault", "message"), [("denied", "access denied"), ("whole", "byte ranges")])
 def test_a_server_that_will_never_answer_is_the_users_to_mend(demo, serve, shards, fault, message):
-    source = pairs_of(demo, serve(shards, **{fault: 1}), Patience(0.3, 1))
+    source = pairs_of(demo, serve(shards, **{fault: 1}), Patience())
     with pytest.raises(UserError, match=message) as raised:
         ShardReader().read(source.locate(0))
     assert "\n" not in str(raised.value)
@@ -286,7 +286,7 @@ def cached_read(folder: Path, limit: int, source: ShardSource, rows: range) -> l
 
 def test_what_one_process_read_no_other_asks_for(demo, serve, shards, tmp_path):
     server = serve(shards)
-    source = pairs_of(demo, server)
+    source = pairs_of(demo, server, Patience())  # whose requests are counted
     expected = [local_bytes(demo, row) for row in range(8)]
     assert cached_read(tmp_path / "cache", 1 << 30, source, range(8)) == expected
     asked = len(server.requests())
@@ -297,7 +297,7 @@ def test_what_one_process_read_no_other_asks_for(demo, serve, shards, tmp_path):
 
 def test_rot_in_the_cache_is_read_again(demo, serve, shards, tmp_path):
     server = serve(shards)
-    source = pairs_of(demo, server)
+    source = pairs_of(demo, server, Patience())  # whose requests are counted
     cached_read(tmp_path, 1 << 30, source, range(1))
     (kept,) = [f for f in tmp_path.glob("??/*") if not f.name.startswith(".")]
     for damage in (lambda: overwrite(kept, 5, b"zz"), lambda: cut(kept, 9), kept.unlink):

@@ -62,7 +62,7 @@ def test_a_plain_sample_is_read_without_tarfile():
     assert tar._plain_members(data) == {"jpg": b"x" * 1000, "txt": b"a caption"}
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000)
 @given(st.text("./_a\n", min_size=1, max_size=12))
 @example("__a.b__\n")
 @example("a/b\nc/.d")

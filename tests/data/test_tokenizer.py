@@ -26,7 +26,7 @@ def tokenizer(demo) -> Tokenizer:
     return Tokenizer(demo.tokenizer)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(texts=st.lists(st.text(max_size=30), min_size=1, max_size=5))
 def test_texts_rendered_together_have_their_lengths_alone(tokenizer, texts):
     elements = [TextElement(t) for t in texts]

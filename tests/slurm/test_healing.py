@@ -15,7 +15,7 @@ from threading import Lock
 
 import pytest
 import stand_in_rank
-from slurm_faults import SCENARIOS, WATCHED, Scenario, power_cut, warning
+from slurm_faults import BACK_S, SCENARIOS, WATCHED, Scenario, power_cut, warning
 from slurm_runs import NODES, Cluster, SlurmStage
 
 from data_pipeline import jsonl
@@ -127,8 +127,9 @@ class Side:
         begun, heard = self._folder / "set-up-began", self._folder / "was-warned"
         stage = self.stage("warned early", {}, setup=[f"touch {begun}", f"until [ -e {heard} ]; do sleep 0.1; done"])
         job = stage.submit()
-        stage.wait(begun.exists, 60, "the setup")
+        stage.wait(begun.exists, BACK_S, "the setup")
         self._cluster.run("scancel", "--signal=USR1", "--batch", job)
+        stage.wait(lambda: "asked to stop" in stage.log(), BACK_S, "the warning")
         heard.touch()
         stage.notes["state"] = stage.wait_for_end(self._cluster, job)
         return stage
@@ -190,7 +191,7 @@ touch asked; exit 75
         made = stage.command(*command, "xc-data", "index", str(bare), "--tokenizer", str(tokenizer))
         assert made.returncode == 0, made.stderr
         tasks, merge = (line.split()[2].rstrip(":") for line in made.stdout.splitlines()[:2])
-        stage.wait(lambda: bool(self._cluster.nodes_of(tasks)), 60, "a task")
+        stage.wait(lambda: bool(self._cluster.nodes_of(tasks)), BACK_S, "a task")
         node = self._cluster.nodes_of(tasks)[0]
         self._cluster.call("crash", node)
         go.touch()

@@ -166,7 +166,7 @@ def test_a_name_is_only_a_name_and_the_job_runs_the_code_and_config_that_were_su
 
 def test_a_run_directory_of_another_config_is_refused(cluster, slurm_stage, tmp_path):
     stage = slurm_stage(environment=cluster.environment, slurm={"python": "/bin/false", "retries": 1})
-    stage.wait_for_end(cluster, stage.submit(), 30)
+    stage.wait_for_end(cluster, stage.submit())
     refused = stage.command("submit", str(stage.config), "train.lr=0.5")
     assert refused.returncode == EXIT_USER
     assert "train.lr differs" in refused.stderr

@@ -66,7 +66,7 @@ class SlurmStage:
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """An `xc-slurm` command to its end."""
         command = [sys.executable, "-m", "slurm.cli", *arguments]
-        return subprocess.run(command, env=self.environment, text=True, capture_output=True, timeout=120)
+        return subprocess.run(command, env=self.environment, text=True, capture_output=True, timeout=300)
 
     def submit(self, *arguments: str) -> str:
         """`xc-slurm submit`; returns the job's id."""
@@ -123,7 +123,7 @@ class SlurmStage:
         """Until `metrics.jsonl` shows it."""
         self.wait(lambda: step in self.losses(), seconds, f"step {step}")
 
-    def wait_for_end(self, cluster: Cluster, job: str, seconds: float = 200) -> str:
+    def wait_for_end(self, cluster: Cluster, job: str, seconds: float = 600) -> str:
         """Until the job has left the queue; returns its state."""
         self.wait(
             lambda: not cluster.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").startswith(_ALIVE),

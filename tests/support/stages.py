@@ -69,7 +69,7 @@ class Stage:
     def train(self, *arguments: str, procs: int = 2) -> subprocess.CompletedProcess[str]:
         """`xc-train run` to its end."""
         process = self.start(*arguments, procs=procs)
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=600)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def losses(self) -> dict[int, float]:
@@ -111,7 +111,7 @@ class Stage:
 
     def wait_for(self, step: int, process: subprocess.Popen[str], life: int = 1) -> None:
         """Returns as soon as this life has done the step; the one before may have come further than its checkpoint."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         while not any(line["life"] == life and line["step"] >= step for line in jsonl.read(self.run.metrics)):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline, f"the run never reached step {step}"
@@ -162,7 +162,7 @@ def run_ranks(command: Sequence[str], environment: Mapping[str, str], world: int
     port = free_port()
     ranks = [subprocess.Popen(command, env={**rank_environment(rank, world, port), **environment}) for rank in range(world)]
     try:
-        assert {rank.wait(timeout=280) for rank in ranks} == {0}, "see what the ranks said"
+        assert {rank.wait(timeout=900) for rank in ranks} == {0}, "see what the ranks said"
     finally:
         for rank in ranks:
             rank.kill()

@@ -141,6 +141,7 @@ def serve(root: str, port: str, faults: str, log: str) -> None:
         hit = (name for name, when in plan.items() if (n % when == 0 if isinstance(when, int) else when[0] <= n <= when[1]))
         return next(hit, None)
 
+    ThreadingHTTPServer.request_queue_size = 128  # of two ranks' readers at once; what finds no place in it is late by a second
     with open(log, "a", buffering=1) as file:
         server = ThreadingHTTPServer(("127.0.0.1", int(port)), handler(Path(root), fault, lambda r: print(json.dumps(r), file=file)))
         print(server.server_port, flush=True)

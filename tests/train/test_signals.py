@@ -69,7 +69,7 @@ def test_until_its_first_step_a_run_that_is_asked_to_stop_leaves_at_once_whateve
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=400)
     assert process.returncode == EXIT_TRY_AGAIN, errors
     assert "asked to stop (SIGTERM) before the first step of this life; the same command goes on" in errors
     assert not made.run.metrics.exists() and not made.checkpoints()

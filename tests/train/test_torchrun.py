@@ -20,14 +20,14 @@ def test_a_run_under_torchrun_stops_goes_on_and_says_how_each_life_ended(stage):
     first = life()
     made.wait_for(3, first)
     first.send_signal(signal.SIGTERM)
-    first.communicate(timeout=60)
+    first.communicate(timeout=400)
     assert made.run.read_outcome()["code"] == EXIT_TRY_AGAIN
     step = made.run.read_outcome()["step"]
     assert 3 <= step < 40 and made.checkpoints()[-1] == step
 
     made.run.stop_file.touch()  # of a life before: it would end the next one at once
     second = life()
-    _, errors = second.communicate(timeout=120)
+    _, errors = second.communicate(timeout=400)
     assert second.returncode == 0, errors
     assert made.run.read_outcome()["code"] == EXIT_DONE
     assert made.resumed_from() == [None, step]

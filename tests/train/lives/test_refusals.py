@@ -215,7 +215,7 @@ def test_a_clock_that_jumps_metrics_that_vanish_and_a_run_directory_that_turns_r
     subprocess.run(["mount", "--bind", directory, directory], check=True)
     try:
         subprocess.run(["mount", "-o", "remount,bind,ro", directory], check=True)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=400)
         assert process.returncode == EXIT_USER, errors
         (line,) = errors.strip().splitlines()
         assert "cannot write" in line

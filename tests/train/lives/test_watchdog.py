@@ -39,7 +39,7 @@ def test_a_rank_that_sleeps_for_ever_or_hangs_in_c_is_reported_with_all_stacks_a
     hanging.wait_for(3, process)
     ranks = hanging.rank_pids()
     os.kill(ranks[1], signal.SIGALRM)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=400)
     assert process.returncode == EXIT_TRY_AGAIN, errors
     (line,) = errors.strip().splitlines()
     assert re.search("rank 1 was silent for|ranks 0, 1 were silent for", line), line  # the latter if both had come as far
@@ -54,7 +54,7 @@ def test_a_rank_that_sleeps_for_ever_or_hangs_in_c_is_reported_with_all_stacks_a
     again = hanging.start()
     hanging.wait_for(before + 2, again, life=2)
     os.kill(hanging.rank_pids()[0], signal.SIGVTALRM)
-    _, errors = again.communicate(timeout=120)
+    _, errors = again.communicate(timeout=400)
     assert again.returncode == EXIT_TRY_AGAIN, errors
     assert "rank 0 does not answer at all" in errors
     assert "hold_the_interpreter" in stacks(hanging.run)[0]
