@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from compose import embed
-from compose.pictures import EXTENSIONS, Picture
+from compose.pictures import EXTENSIONS, Picture, told_beside
 from data_pipeline.errors import UserError
 from data_pipeline.read.images import decode
 from data_pipeline.read.storage import ShardReader, elements_of
@@ -220,8 +220,8 @@ def _undamaged(folder: Path) -> Iterator[None]:
 
 
 def among(pictures: Sequence[Picture], count: int) -> Callable[[str, set[str]], list[Picture]]:
-    """Searches a few given pictures by what their file names say; at most `count`, none of the digests given."""
-    vectors = embed.embed([_words_of(Path(p.name).stem) for p in pictures])
+    """Searches a few given pictures by their captions, or else by what their file names say; at most `count`, none of the digests given."""
+    vectors = embed.embed([p.caption or _words_of(Path(p.name).stem) for p in pictures])
 
     def find(text: str, without: set[str]) -> list[Picture]:
         order = (-(vectors @ embed.embed([text])[0])).argsort(kind="stable")
@@ -240,15 +240,14 @@ def _of_folder(folder: Path, damaged: list[str]) -> Iterator[tuple[Entry, bytes]
     if not folder.is_dir():
         raise UserError(f"no folder {folder.absolute()} (give a folder with pictures, or an indexed source)")
     for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file()):
-        beside = path.with_suffix(".txt")
         try:
             str(path.absolute()).encode()  # the table keeps text, which some names are not
             image_size(data := path.read_bytes())
-            text = beside.read_text(encoding="utf-8", errors="replace").strip() if beside.is_file() else ""
+            text = told_beside(path) or _words_of(path.stem)
         except (OSError, UnicodeEncodeError, BadSample):
             damaged.append(str(path))
             continue
-        yield Entry(path.name, text or _words_of(path.stem), str(path.absolute()), NO_ROW), data
+        yield Entry(path.name, text, str(path.absolute()), NO_ROW), data
 
 
 def _of_source(source: ShardSource, folder: Path, damaged: list[str]) -> Iterator[tuple[Entry, bytes]]:

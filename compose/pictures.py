@@ -8,7 +8,7 @@ import hashlib
 import io
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_pipeline.errors import UserError
@@ -27,7 +27,7 @@ class Picture:
     """File name, or key of the sample; for people."""
     data: bytes
     caption: str | None = None
-    """What is known about it: its text in a collection."""
+    """What is known about it: its text in a collection, or in the `.txt` beside it."""
 
     @property
     def digest(self) -> str:
@@ -39,17 +39,27 @@ def read(paths: Sequence[str | Path]) -> list[Picture]:
     """Pictures from files.
 
     Raises:
-        UserError: one is missing, or does not decode.
+        UserError: one is missing or does not decode, or the text beside it cannot be read.
     """
     return [_read(Path(path)) for path in paths]
 
 
 def _read(path: Path) -> Picture:
     try:
-        data = path.read_bytes()
+        data, caption = path.read_bytes(), told_beside(path)
     except OSError as error:
         raise UserError(f"no picture at {path.absolute()}: {error.strerror} (check the path)") from None
-    return decoded(os.fsencode(path.name).decode(errors="replace"), data, str(path.absolute()))
+    return replace(decoded(os.fsencode(path.name).decode(errors="replace"), data, str(path.absolute())), caption=caption)
+
+
+def told_beside(path: Path) -> str | None:
+    """The text of the `.txt` beside a picture; None where there is none, or no words in it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    beside = path.with_suffix(".txt")
+    return (beside.read_text(encoding="utf-8", errors="replace").strip() if beside.is_file() else "") or None
 
 
 def decoded(name: str, data: bytes, where: str) -> Picture:

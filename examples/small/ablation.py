@@ -46,13 +46,13 @@ RATES = {
 ALONE = ("projector",)
 COLUMNS = {
     "nll_right": "nats a token of a caption",
+    "less": "less than with no picture, caption by caption",
     "wrong_minus_right": "more behind a wrong picture",
     "picture_of_10": "picture among ten",
     "retrieval_of_10": "caption among ten",
     "words": "change of nats on words alone",
 }
 """Figure of a record; what the table calls it."""
-LESS = "less than with no picture"
 
 
 def main() -> int:
@@ -175,6 +175,7 @@ def measure(arm: str, seed: int) -> None:
     rate = best_rate(arm)
     if "test" in recorded(arm, rate, seed):
         return
+    control.require_weights(seed)
     run = train(arm, rate, seed)
     out = run.path / "captions.json"
     if not out.exists():
@@ -183,6 +184,7 @@ def measure(arm: str, seed: int) -> None:
     opened = open_model(run.path)
     ours, base = words_alone(opened), base_words()
     change = Scores(ours.nll - base.nll, base.tokens)
+    found["less"] = control.less_of(run, seed)
     found["words"] = [change.mean(), change.stderr()]
     add(arm, rate, seed, run, {"test": found, "format": str(opened.dtype).removeprefix("torch.")})
 
@@ -214,25 +216,21 @@ def tuning_table() -> str:
 
 def outcome_table(seeds: list[int]) -> str:
     """A row an arm: mean over seeds, their standard deviation, and in brackets the standard error over what was asked, of a seed."""
-    blind = [control.recorded(seed)["test"] for seed in seeds]
-    first, *others = COLUMNS
-    lines = [f"| | {' | '.join([COLUMNS[first], LESS, *(COLUMNS[figure] for figure in others)])} | minutes |"]
-    lines.append("|---" * (len(COLUMNS) + 3) + "|")
-    lines.append(f"| no picture | {_spread(blind)} |{' |' * (len(COLUMNS) + 1)}")
+    lines = [f"| | {' | '.join(COLUMNS.values())} | minutes |", "|---" * (len(COLUMNS) + 2) + "|"]
+    lines.append(f"| no picture | {_spread([control.recorded(seed)['test'] for seed in seeds])} |{' |' * len(COLUMNS)}")
     for arm in RATES:
         tests = [asked_of(arm, best_rate(arm), seed, "test") for seed in seeds]
-        less = [[unseen[0] - test[first][0]] for unseen, test in zip(blind, tests, strict=True)]
-        cells = [_spread(less), *(_spread([test[figure] for test in tests]) for figure in others)]
+        cells = [_spread([test[figure] for test in tests]) for figure in COLUMNS]
         minutes = statistics.mean(asked_of(arm, best_rate(arm), seed, "minutes") for seed in seeds)
-        lines.append(f"| {arm} | {_spread([test[first] for test in tests])} | {' | '.join(cells)} | {minutes:.0f} |")
+        lines.append(f"| {arm} | {' | '.join(cells)} | {minutes:.0f} |")
     return "\n".join(lines)
 
 
 def _spread(figures: Sequence[Sequence[float]]) -> str:
-    """Of figures of seeds, each with its standard error or without."""
-    values, *errors = zip(*figures, strict=True)
+    """Of figures of seeds, each with its standard error."""
+    values, errors = zip(*figures, strict=True)
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}{''.join(f' ({statistics.mean(error):.3f})' for error in errors)}"
+    return f"{statistics.mean(values):.3f}{spread} ({statistics.mean(errors):.3f})"
 
 
 if __name__ == "__main__":

@@ -11,14 +11,18 @@ there is one, nothing is trained; delete it and the run directory for that.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from records import HELD_OUT, RESULTS, exit_with, keep, kept, marked, printed, run_stage
 
+from data_pipeline.errors import UserError
 from train import configure
 from train.config import Config
+from train.evaluate import Scorer, Scores
 from train.run_dir import RunDir
+from train.weights.opened import open_model
 
 RECORDS = RESULTS / "control"
 RUNS = Path("runs/small/control")
@@ -115,6 +119,31 @@ def best() -> Setting:
     """The setting that is chosen."""
     nats = {(rate, passes): value for rate in RATES for passes, value in tried(rate).items()}
     return min(nats, key=nats.__getitem__)
+
+
+def require_weights(seed: int) -> None:
+    """What captions are compared with.
+
+    Raises:
+        UserError: the weights went with another machine; its record is not enough.
+    """
+    run, record = run_of(best(), seed), record_of(best(), seed)
+    if not run.final.exists():
+        raise UserError(f"no control in {run.path} (delete {record}, and run control.py {seed})")
+
+
+def less_of(run: RunDir, seed: int) -> list[float]:
+    """Nats a token that a test caption costs a run less behind its picture than the seed's control pays, and their standard error over
+    captions: smaller than those of either loss, since captions differ more than models.
+    """
+    nll = []
+    for path, figure in ((run_of(best(), seed).path, "blind"), (run.path, "right")):
+        opened = open_model(path)
+        scorer = Scorer(opened.model, opened.tokenizer, opened.config)
+        nll.append(scorer.score(scorer.captions("test", HELD_OUT / "test", sys.maxsize)[figure]))
+    less = Scores(nll[0].nll - nll[1].nll, nll[1].tokens)
+    items = json.loads((HELD_OUT / "test" / "candidates.json").read_text())["items"]
+    return [less.mean(), less.stderr([item["caption"] for item in items])]
 
 
 def table() -> str:

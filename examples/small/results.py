@@ -22,11 +22,8 @@ import control
 from captions import category_of
 from records import BIN, HELD_OUT, RESULTS, end_where_it_fails, exit_with, keep, kept, printed, run_stage, sample_table, shown
 
-from data_pipeline.errors import UserError
 from train import configure
-from train.evaluate import Scorer, Scores
 from train.run_dir import RunDir, write_json
-from train.weights.opened import open_model
 
 RUNS = Path("runs/small/seeds")
 ALIKE = HELD_OUT / "alike"
@@ -85,9 +82,7 @@ def train(seed: int, procs: str) -> None:
     Raises:
         UserError: the control's weights, which captions are compared with in the end, went with another machine.
     """
-    beside, record = control.run_of(control.best(), seed), control.record_of(control.best(), seed)
-    if not beside.final.exists():
-        raise UserError(f"no control in {beside.path} (delete {record}, and run control.py {seed})")
+    control.require_weights(seed)
     config = configure.load(Path("configs/small/pretrain.yaml"), [f"run.seed={seed}", f"run.dir={run_of(seed).path}"])
     run_stage(config, {"test": str(HELD_OUT / "test")}, procs)
     _, text, alike, paired = files_of(seed)
@@ -95,7 +90,7 @@ def train(seed: int, procs: str) -> None:
         if not file.exists():
             end_where_it_fails(BIN / "xc-compose", "eval", file.parent, "--suite", suite, "--data", data, "-o", file)
     if not paired.exists():
-        write_json(paired, less_than_control(seed))
+        write_json(paired, control.less_of(run_of(seed), seed))
 
 
 def run_of(seed: int) -> RunDir:
@@ -107,20 +102,6 @@ def files_of(seed: int) -> list[Path]:
     """What a seed's figures are read from."""
     run = run_of(seed)
     return [run.evaluation, run.path / "text.json", run.path / "alike.json", run.path / "paired.json"]
-
-
-def less_than_control(seed: int) -> list[float]:
-    """Nats a token that a test caption costs less behind its picture than the seed's control pays, and their standard error over captions:
-    smaller than those of either loss, since captions differ more than models.
-    """
-    nll = []
-    for run, figure in ((control.run_of(control.best(), seed), "blind"), (run_of(seed), "right")):
-        opened = open_model(run.path)
-        scorer = Scorer(opened.model, opened.tokenizer, opened.config)
-        nll.append(scorer.score(scorer.captions("test", HELD_OUT / "test", sys.maxsize)[figure]))
-    less = Scores(nll[0].nll - nll[1].nll, nll[1].tokens)
-    items = json.loads((HELD_OUT / "test" / "candidates.json").read_text())["items"]
-    return [less.mean(), less.stderr([item["caption"] for item in items])]
 
 
 def figures(seeds: list[int]) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from compose.cli import main
 from compose.collection import FACTS, Collection, among, build
-from compose.pictures import Picture
+from compose.pictures import Picture, read
 from data_pipeline.errors import UserError
 
 
@@ -138,6 +138,15 @@ def test_given_pictures_are_ranked_by_their_names(tmp_path):
     find = among(given, 2)
     assert find("a ship in the harbour", set())[0].name == "fishing_boat.jpg"
     assert given[2] not in find("a ship in the harbour", {given[2].digest})
+
+
+def test_given_pictures_are_ranked_by_the_text_beside_them_where_there_is_one(tmp_path):
+    for number, text in enumerate(("a church tower\n", "a fishing boat", "")):
+        picture(tmp_path / f"IMG_{number}.png", number)
+        (tmp_path / f"IMG_{number}.txt").write_text(text)
+    given = read(sorted(tmp_path.glob("*.png")))
+    assert [p.caption for p in given] == ["a church tower", "a fishing boat", None]
+    assert among(given, 1)("a ship in the harbour", set()) == [given[1]]
 
 
 def commanded(capsys, *arguments: object) -> tuple[int, str, str]:
