@@ -4,7 +4,7 @@ Invariant: what the model reads is what training shows it before an answer, toke
 that does not fit the length it was trained on is refused, never cut in silence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,27 @@ class Said:
     text: str
     whole: bool
     """The model ended it; otherwise the limit on its length did."""
+
+
+class _Teller:
+    """Tells an answer while it is written: pieces that together are its text."""
+
+    def __init__(self, tokenizer: Tokenizer, hear: Callable[[str], None]) -> None:
+        self._tokenizer, self._hear = tokenizer, hear
+        self._ids: list[int] = []
+        self._told = ""
+
+    def word(self, _: int, token: int) -> None:
+        """One token more; what it may still change is kept back: half a character, blanks at the end."""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids).strip()
+        if text.startswith(self._told) and not text.endswith("\ufffd"):
+            self._hear(text[len(self._told) :])
+            self._told = text
+
+    def end(self, text: str) -> None:
+        """What was kept back."""
+        self._hear(text.removeprefix(self._told))
 
 
 LEAST_ROOM = 8
@@ -112,17 +133,23 @@ class Assistant(Prompter):
         ends = tokenizer.encode_template(chat_format(tokenizer).end_answer)
         self._stop = ends if len(ends) == 1 else []
 
-    def answer(self, turns: Sequence[Turn], max_tokens: int, sampling: Sampling = GREEDY) -> Said:
+    def answer(
+        self, turns: Sequence[Turn], max_tokens: int, sampling: Sampling = GREEDY, hear: Callable[[str], None] | None = None
+    ) -> Said:
         """What the model says next; the last turn is a user's.
 
-        It is no longer than `max_tokens`, nor than the context leaves room for.
+        It is no longer than `max_tokens`, nor than the context leaves room for. `hear` is told its text piece by piece, as it is written.
 
         Raises:
             UserError: as `room`.
         """
         max_tokens = min(max_tokens, self.room(turns))
-        answer = generate(self.model, [self._prompt(turns)], self.tokenizer, max_tokens, self._stop, sampling)[0]
-        return Said(self.tokenizer.decode(answer.ids).strip(), answer.stopped)
+        teller = _Teller(self.tokenizer, hear or (lambda _: None))
+        prompts = [self._prompt(turns)]
+        answer = generate(self.model, prompts, self.tokenizer, max_tokens, self._stop, sampling, hear=teller.word if hear else None)[0]
+        said = Said(self.tokenizer.decode(answer.ids).strip(), answer.stopped)
+        teller.end(said.text)
+        return said
 
     def spoken(self, turns: Sequence[Turn], answer: str) -> Segment:
         """The turns and an answer, which alone is supervised: what training shows."""

@@ -7,7 +7,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from compose import pictures
 from compose.assistant import Assistant, Parts, Turn
@@ -57,8 +57,8 @@ class Chat:
         self.assistant, self.max_tokens, self.sampling = assistant, max_tokens, sampling
         self.turns: list[Turn] = []
 
-    def say(self, line: str) -> tuple[str, str]:
-        """The answer to a line, and a remark about it, empty as a rule.
+    def say(self, line: str, hear: Callable[[str], None] | None = None) -> tuple[str, str]:
+        """The answer to a line, and a remark about it, empty as a rule. `hear` as that of `Assistant.answer`.
 
         Raises:
             UserError: as `parts` and `Assistant.answer` do; nothing was said then.
@@ -67,7 +67,7 @@ class Chat:
         reserved = min(self.max_tokens, self.assistant.context // 2)
         while len(turns) > 1 and self.assistant.length(turns) + reserved > self.assistant.context:
             turns = turns[2:]
-        said = self.assistant.answer(turns, self.max_tokens, self.sampling)
+        said = self.assistant.answer(turns, self.max_tokens, self.sampling, hear)
         forgotten = (len(self.turns) + 1 - len(turns)) // 2
         self.turns = [*turns, Turn(Role.assistant, [said.text])]
         remarks = [] if said.whole else ["cut off at the limit of its length"]
@@ -76,9 +76,9 @@ class Chat:
 
 
 def ask_once(chat: Chat, line: str) -> None:
-    """One question; the answer goes to stdout, remarks to stderr."""
-    answer, remark = chat.say(line)
-    print(answer)
+    """One question; the answer goes to stdout as it is written, remarks to stderr."""
+    _, remark = chat.say(line, lambda words: print(words, end="", flush=True))
+    print()
     if remark:
         print(f"({remark})", file=sys.stderr)
 
@@ -105,4 +105,4 @@ def converse(chat: Chat) -> None:
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
             except KeyboardInterrupt:
-                print("(not answered)", file=sys.stderr)
+                print("\n(not answered)", file=sys.stderr)

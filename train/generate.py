@@ -6,7 +6,7 @@ depends on no other prompt of its batch. Ranks that must stay in step ask for a 
 Under dynamic RoPE scaling a text's angles are from its beginning those of the length that it may grow to: keys in a cache cannot turn.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -140,6 +140,7 @@ def generate(
     stop: Collection[int] = (),
     sampling: Sampling = GREEDY,
     fixed_steps: bool = False,
+    hear: Callable[[int, int], None] | None = None,
 ) -> list[Answer]:
     """What the model writes after each prompt.
 
@@ -151,6 +152,7 @@ def generate(
         stop: further tokens that end an answer.
         sampling: greedy by default.
         fixed_steps: run all `max_tokens` steps even if every answer has ended: what ranks under ZeRO-3 need.
+        hear: told the number of a prompt and a token as soon as that is written after it.
     """
     stops = {tokenizer.end, *stop}
     draws = [torch.Generator().manual_seed(sampling.seed + i) for i in range(len(prompts))]
@@ -164,6 +166,8 @@ def generate(
             ended[i] |= word in stops
             if not ended[i]:
                 written[i].append(word)
+                if hear is not None:
+                    hear(i, word)
         if number + 1 < max_tokens and (fixed_steps or not all(ended)):
             logits = cache.step(model, torch.tensor(words, device=logits.device))
         elif all(ended):

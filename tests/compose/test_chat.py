@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,14 +13,14 @@ from finished_run import write_run
 from PIL import Image
 
 from compose import chat
-from compose.assistant import Assistant, Said, Turn, _elements, ask, load
+from compose.assistant import Assistant, Said, Turn, _elements, _Teller, ask, load
 from compose.cli import main
 from compose.pictures import Picture
 from compose.prompts import Placed, choose
 from data_pipeline.errors import UserError
 from data_pipeline.samples import Kind, Role, TextElement, parse
 from data_pipeline.text.templates import render, whole
-from train.generate import GREEDY, generate
+from train.generate import GREEDY, KeyValueCache, generate
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +150,23 @@ def test_an_answer_ends_at_the_token_that_ends_a_turn_and_does_not_show_it(demo,
     assert talker.answer(turns, 12) == Said(talker.tokenizer.decode(ids[:at]).strip(), whole=True)
     conversation = chat.Chat(talker, 12, GREEDY)
     assert conversation.say(f"what is it? '{picture}'")[1] == "", "nothing to remark"
+
+
+def test_an_answer_is_told_while_it_is_written_piece_by_piece_and_no_character_by_halves(assistant, monkeypatch):
+    steps, heard = [], []
+    monkeypatch.setattr(KeyValueCache, "step", lambda *of, real=KeyValueCache.step: steps.append(1) or real(*of))
+    said = assistant.answer(ask("hello"), 24, hear=lambda words: heard.append((len(steps), words)))
+    assert "".join(words for _, words in heard) == said.text
+    assert heard[0][0] < len(steps) / 2
+    text, pieces = "  naïve café, 猫と犬 🦜  ", []
+    bytewise = SimpleNamespace(decode=lambda ids: bytes(ids).decode(errors="replace"))  # as byte-level tokenizers read what they lack
+    teller = _Teller(bytewise, pieces.append)
+    for byte in text.encode():
+        teller.word(0, byte)
+    assert "".join(pieces) == text.strip() and "\ufffd" not in "".join(pieces)
+    teller.word(0, "猫".encode()[0])
+    teller.end(f"{text.strip()}  \ufffd")
+    assert "".join(pieces) == f"{text.strip()}  \ufffd", "half a character is told where nothing follows"
 
 
 def test_what_no_longer_fits_is_forgotten_turn_by_turn_and_said(assistant):
