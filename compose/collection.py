@@ -7,6 +7,7 @@ Invariant: a collection appears whole or not at all; pictures stay where they ar
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -239,7 +240,7 @@ def _open_sight(model: Path) -> "Sight":
 def _of_folder(folder: Path, damaged: list[str]) -> Iterator[tuple[Entry, bytes]]:
     if not folder.is_dir():
         raise UserError(f"no folder {folder.absolute()} (give a folder with pictures, or an indexed source)")
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file()):
+    for path in _files(folder):
         try:
             str(path.absolute()).encode()  # the table keeps text, which some names are not
             image_size(data := path.read_bytes())
@@ -248,6 +249,15 @@ def _of_folder(folder: Path, damaged: list[str]) -> Iterator[tuple[Entry, bytes]
             damaged.append(str(path))
             continue
         yield Entry(path.name, text, str(path.absolute()), NO_ROW), data
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Those below it that may be pictures, a folder's names at a time: the paths of millions would fill the memory."""
+    for here, folders, names in os.walk(folder):
+        folders.sort()
+        for path in (Path(here, name) for name in sorted(names)):
+            if path.suffix.lower() in EXTENSIONS and path.is_file():
+                yield path
 
 
 def _of_source(source: ShardSource, folder: Path, damaged: list[str]) -> Iterator[tuple[Entry, bytes]]:

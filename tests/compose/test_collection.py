@@ -4,6 +4,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from finished_run import write_run
 from PIL import Image
 
+from compose import embed
 from compose.cli import main
 from compose.collection import FACTS, Collection, among, build
 from compose.pictures import Picture, read
@@ -207,3 +210,40 @@ def test_with_an_inverted_file_index_the_same_pictures_are_found(demo, collectio
     assert not list(exact._table.list_indices())
     for text in ("the sun is shining", "a bird", "person walking"):
         assert {e.name for e in indexed.search(text, 5)} == {e.name for e in exact.search(text, 5)}
+
+
+BUILD = """
+import resource, sys, time
+from pathlib import Path
+from compose.collection import Collection, build
+began = time.monotonic()
+build(Path(sys.argv[1]), Path(sys.argv[2]))
+seconds, found = time.monotonic() - began, Collection(Path(sys.argv[2]))
+began = time.monotonic()
+assert {e.caption.split()[2] for e in found.search("a golden clock", 4)} == {"clock"}
+print(seconds, (time.monotonic() - began) * 1000, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.soak
+def test_the_memory_of_a_build_grows_by_less_than_its_vectors_take(tmp_path, capsys):
+    first, second = (
+        w.split() for w in ("red blue old new small tall wooden broken golden empty", "round cold wet bright dark soft loud quiet")
+    )
+    things, peaks = ["boat", "tower", "apple", "horse", "bridge", "lamp", "chair", "river", "clock", "door"], {}
+    for count in (100_000, 400_000):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        for i in range(count):
+            if i % 50_000 == 0:
+                file = picture(tmp_path / f"{i}.png", i)  # which may have so many names
+            words = f"{first[i % 10]} {second[i // 10 % 8]} {things[i // 80 % 10]} {i}"
+            (folder / f"{words}.png").hardlink_to(file)
+        command = [sys.executable, "-c", BUILD, str(folder), str(tmp_path / f"{count}.c")]
+        seconds, search_ms, mib = map(float, subprocess.run(command, check=True, text=True, capture_output=True).stdout.split())
+        peaks[count] = mib
+        size = sum(f.stat().st_size for f in (tmp_path / f"{count}.c").rglob("*") if f.is_file()) >> 20
+        with capsys.disabled():
+            print(f"\n{count:,} pictures: built in {seconds:.0f} s, {size} MiB on disk, a search {search_ms:.0f} ms, at most {mib:.0f} MiB")
+        shutil.rmtree(folder)
+    assert peaks[400_000] - peaks[100_000] < 300_000 * embed.WIDTH * 4 / 2**20
