@@ -43,7 +43,7 @@ class Said:
 
 
 class _Teller:
-    """Tells an answer while it is written: pieces that together are its text."""
+    """Tells an answer while it is written, in pieces that together are its text."""
 
     def __init__(self, tokenizer: Tokenizer, hear: Callable[[str], None]) -> None:
         self._tokenizer, self._hear = tokenizer, hear
@@ -59,8 +59,8 @@ class _Teller:
             self._told = text
 
     def end(self, text: str) -> None:
-        """What was kept back."""
-        self._hear(text.removeprefix(self._told))
+        """What was kept back; on a new line the whole text, where half a character at its end has made another of it."""
+        self._hear(text.removeprefix(self._told) if text.startswith(self._told) else f"\n{text}")
 
 
 LEAST_ROOM = 8

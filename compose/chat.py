@@ -105,4 +105,5 @@ def converse(chat: Chat) -> None:
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
             except KeyboardInterrupt:
-                print("\n(not answered)", file=sys.stderr)
+                print(flush=True)
+                print("(not answered)", file=sys.stderr)

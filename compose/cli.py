@@ -209,7 +209,7 @@ def _article(args: argparse.Namespace) -> int:
     if not args.instruction.strip():
         raise UserError("--instruction is empty (say what to write about)")
     record = check_output(args.output)
-    references = pictures.read(args.images)
+    references = pictures.read_told(args.images)
     find = None
     if args.collection:
         found = collection.Collection(args.collection)

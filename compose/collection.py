@@ -240,7 +240,7 @@ def _open_sight(model: Path) -> "Sight":
 def _of_folder(folder: Path, damaged: list[str]) -> Iterator[tuple[Entry, bytes]]:
     if not folder.is_dir():
         raise UserError(f"no folder {folder.absolute()} (give a folder with pictures, or an indexed source)")
-    for path in _files(folder):
+    for path in _files(folder, damaged):
         try:
             str(path.absolute()).encode()  # the table keeps text, which some names are not
             image_size(data := path.read_bytes())
@@ -251,9 +251,9 @@ def _of_folder(folder: Path, damaged: list[str]) -> Iterator[tuple[Entry, bytes]
         yield Entry(path.name, text, str(path.absolute()), NO_ROW), data
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def _files(folder: Path, damaged: list[str]) -> Iterator[Path]:
     """Those below it that may be pictures, a folder's names at a time: the paths of millions would fill the memory."""
-    for here, folders, names in os.walk(folder):
+    for here, folders, names in os.walk(folder, onerror=lambda error: damaged.append(str(error.filename))):
         folders.sort()
         for path in (Path(here, name) for name in sorted(names)):
             if path.suffix.lower() in EXTENSIONS and path.is_file():

@@ -39,17 +39,32 @@ def read(paths: Sequence[str | Path]) -> list[Picture]:
     """Pictures from files.
 
     Raises:
-        UserError: one is missing or does not decode, or the text beside it cannot be read.
+        UserError: one is missing, or does not decode.
     """
     return [_read(Path(path)) for path in paths]
 
 
 def _read(path: Path) -> Picture:
     try:
-        data, caption = path.read_bytes(), told_beside(path)
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"no picture at {path.absolute()}: {error.strerror} (check the path)") from None
-    return replace(decoded(os.fsencode(path.name).decode(errors="replace"), data, str(path.absolute())), caption=caption)
+    return decoded(os.fsencode(path.name).decode(errors="replace"), data, str(path.absolute()))
+
+
+def read_told(paths: Sequence[str | Path]) -> list[Picture]:
+    """As `read`, with the texts beside them as captions.
+
+    Raises:
+        UserError: as `read`, or such a text cannot be read.
+    """
+    found = []
+    for path, picture in zip(paths, read(paths), strict=True):
+        try:
+            found.append(replace(picture, caption=told_beside(Path(path))))
+        except OSError as error:
+            raise UserError(f"the text beside {path} cannot be read: {error.strerror} (let this user read it, or move it away)") from None
+    return found
 
 
 def told_beside(path: Path) -> str | None:

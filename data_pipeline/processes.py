@@ -26,9 +26,10 @@ def end_with_maker() -> None:
     The kernel does so where that one forked it. It may watch another one: a server, which lives as long as any of its workers does.
     """
     maker = multiprocessing.parent_process()
-    if maker is None or maker.pid == os.getppid():
-        end_with_parent()  # even where this process is stuck in C
+    if maker is None:
         return
+    if maker.pid == os.getppid():
+        end_with_parent()  # even where this process is stuck in C
 
     def wait() -> None:
         maker.join()

@@ -21,7 +21,7 @@ from slurm.job_dir import JobDir
 from slurm.script import Place, render
 from train import configure
 from train.config import Config
-from train.run_dir import RunDir, own, read_json
+from train.run_dir import RunDir, in_use, read_json
 
 SECRET = re.compile(r"(?i)(key|token(?!izer)|secret|passw)")
 LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs")
@@ -113,16 +113,9 @@ def plan(path: str, overrides: Sequence[str], dry_run: bool, earlier: Sequence[s
 
 
 def _hand_over(stage: Planned, after: str | None = None) -> str:
-    """Freezes and submits a stage; returns its job.
-
-    Raises:
-        UserError: somebody trains in its run directory, without Slurm.
-    """
-    run = stage.job_dir.run
-    run.create()
-    with own(run):
-        stage.job_dir.freeze(configure.to_yaml(stage.config), stage.script)
-        run.stop_file.unlink(missing_ok=True)
+    """Freezes and submits a stage; returns its job."""
+    stage.job_dir.freeze(configure.to_yaml(stage.config), stage.script)
+    stage.job_dir.run.stop_file.unlink(missing_ok=True)
     job = client.submit(stage.job_dir.script, after)
     stage.job_dir.write_job(job)
     waits = f", once job {after} has finished" if after else ""
@@ -185,7 +178,7 @@ def finished(config: Config) -> bool:
 
 
 def require_free(config: Config, job_dir: JobDir) -> None:
-    """Refuses a run that is finished, or whose job has not ended.
+    """Refuses a run that is finished, whose job has not ended, or in whose directory somebody trains without Slurm.
 
     Raises:
         UserError: which it is, and the way out.
@@ -197,6 +190,8 @@ def require_free(config: Config, job_dir: JobDir) -> None:
     found = client.find(job) if job else None
     if found and not found.ended:
         raise UserError(f"{path} is the run of job {job}, {found.state} (wait for it, or end it with xc-slurm stop {path})")
+    if in_use(job_dir.run):
+        raise UserError(f"{path} is in use by another process (wait for it, or touch {job_dir.run.stop_file})")
 
 
 def require_gpus(settings: SlurmConfig) -> None:

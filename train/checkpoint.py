@@ -277,8 +277,8 @@ def publish(run: RunDir, partial: Path, name: str, state: TrainState, config: Ch
 
 def _retire(run: RunDir, config: CheckpointConfig) -> None:
     """Removes the checkpoints that are no longer kept. The new one is there: what fails is left to the next."""
-    found = newest_first(run)
     try:
+        found = newest_first(run)
         good = next((folder for folder in found if is_good(folder)), None)
     except OSError:  # as long as it is not known which is good, none goes
         return

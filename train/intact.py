@@ -32,7 +32,8 @@ def find(run: RunDir, ranks: Ranks, say: Callable[[str], None]) -> Path | None:
         folder = run.checkpoints / name
         found = ranks.share(_listed(folder) if ranks.rank == 0 else None)
         if not isinstance(found, str):
-            found = next(filter(None, ranks.gather(_damage(folder, found[ranks.rank :: ranks.world]))), None)
+            finds = [f for f in ranks.gather(_damage(folder, found[ranks.rank :: ranks.world])) if f]
+            found = min(finds, key=lambda f: UNREADABLE in f, default=None)  # what is damaged need not be read
         if found is None:
             return folder
         _require_readable(folder, found)

@@ -17,10 +17,8 @@ from data_pipeline.errors import EXIT_CRASH, EXIT_USER, STORAGE_ERRORS, TryAgain
 from data_pipeline.processes import end_with_parent, keep_freed_memory, open_many_files
 from train import configure
 from train.run_dir import RunDir, own
-from train.signals import leave_when_asked
+from train.signals import TORCHRUN, leave_when_asked
 from train.watchdog import Watchdog
-
-TORCHRUN = "TORCHELASTIC_RUN_ID"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

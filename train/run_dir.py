@@ -136,6 +136,18 @@ class RunDir:
         write_json(self.heartbeat, {"step": step, "phase": phase, "time": time.time()})
 
 
+def in_use(run: RunDir) -> bool:
+    """Whether another process holds a run directory. Where the file system knows no locks, nothing tells."""
+    if not run.lock.exists():
+        return False
+    with run.lock.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return isinstance(error, BlockingIOError)
+    return False
+
+
 @contextmanager
 def own(run: RunDir) -> Iterator[None]:
     """Holds the run directory; the lock dies with this process.

@@ -12,17 +12,20 @@ from types import FrameType
 from data_pipeline.errors import EXIT_TRY_AGAIN
 from train.run_dir import RunDir
 
+TORCHRUN = "TORCHELASTIC_RUN_ID"
+"""In the environment of ranks that torchrun started: nobody else has made the run directory theirs."""
 REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 def leave_when_asked(run: RunDir) -> None:
-    """Until there is a `StopRequest`, one ends this process at once, and rank 0 says so in the outcome: starting up may take minutes.
+    """Until there is a `StopRequest`, one ends this process at once, and the outcome says so: starting up may take minutes.
 
-    Other ranks are asked too and say nothing: torchrun ends them where rank 0 was refused, since the run is another's.
+    Under torchrun only rank 0 says so: others are ended too where that one was refused, and the outcome is another run's.
     """
+    speaks = TORCHRUN not in os.environ or int(os.environ["RANK"]) == 0
 
     def leave(number: int, frame: FrameType | None) -> None:
-        if int(os.environ.get("RANK", 0)) == 0 and not run.outcome.exists():
+        if speaks and not run.outcome.exists():
             with suppress(OSError):
                 why = f"asked to stop ({signal.Signals(number).name}) before the first step of this life; the same command goes on"
                 run.write_outcome(EXIT_TRY_AGAIN, why, 0)

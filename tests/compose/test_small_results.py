@@ -204,7 +204,7 @@ def test_an_arm_of_the_ablation_takes_the_rate_that_validation_prefers(monkeypat
     document.write_text(f"{ablation.tuning_table()}\n\n{ablation.outcome_table([0, 1])}")
     assert check(monkeypatch, ablation, document) == 0
     said = document.read_text()
-    assert "| plora | 3e-4: 5.000 · **1e-3: 4.000** · 3e-3: 5.000 · 1e-2: 6.000 |  |" in said in said
+    assert "| plora | 3e-4: 5.000 · **1e-3: 4.000** · 3e-3: 5.000 · 1e-2: 6.000 |  |" in said
     assert "| no picture | 4.000 ± 0.000 (0.100) | | | | | | |" in said
     assert f"| plora {'| 1.000 ± 0.707 (0.250) ' * 6}| 10 |" in said
     document.write_text(said.replace("0.707", "0.0"))

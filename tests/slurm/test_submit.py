@@ -180,7 +180,7 @@ def test_a_run_directory_in_which_somebody_trains_without_slurm_is_refused_and_l
     with own(run):
         refused = stage.command("submit", str(stage.config))
         assert refused.returncode == EXIT_USER
-        assert "in use by a running job" in refused.stderr
+        assert "in use by another process" in refused.stderr
         assert run.stop_file.exists() and not run.config.exists()
 
 
