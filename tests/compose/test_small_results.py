@@ -159,11 +159,13 @@ def test_the_check_of_stages_fails_where_the_document_or_a_run_says_something_el
     assert checked(said) == 1 and "does not say what" in capsys.readouterr().err
 
 
-def test_the_document_that_is_committed_says_what_the_committed_records_say(monkeypatch):
+def test_the_documents_that_are_committed_say_what_the_committed_records_say(monkeypatch):
     monkeypatch.chdir(EXAMPLES.parent)
     seeds = sorted(file.stem.removeprefix("seed-") for file in Path("docs/results").glob("seed-*.json"))
-    for program, *of in (["three_stages"], ["control", *seeds], ["results", *seeds]):
-        monkeypatch.setattr(sys, "argv", [program, *of, "--check", "docs/results.md"])
+    pages = dict.fromkeys(("three_stages", "control", "results"), "docs/results.md") | {"ablation": "docs/plora_ablation.md"}
+    for program, page in pages.items():
+        of = seeds if program != "three_stages" else []
+        monkeypatch.setattr(sys, "argv", [program, *of, "--check", page])
         assert importlib.import_module(program).main() == 0
 
 
