@@ -260,7 +260,7 @@ def test_a_shard_that_is_another_is_bad_data_and_the_others_are_read(demo, serve
 
 @pytest.mark.parametrize(("fault", "message"), [("denied", "access denied"), ("whole", "byte ranges")])
 def test_a_server_that_will_never_answer_is_the_users_to_mend(demo, serve, shards, fault, message):
-    source = pairs_of(demo, serve(shards, **{fault: 1}), Patience())
+    source = pairs_of(demo, serve(shards, **{fault: 1}), Patience(20, 1))
     with pytest.raises(UserError, match=message) as raised:
         ShardReader().read(source.locate(0))
     assert "\n" not in str(raised.value)
