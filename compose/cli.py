@@ -55,7 +55,13 @@ def _parser() -> argparse.ArgumentParser:
     article = commands.add_parser("article", help="write an article with pictures", description=_ARTICLE)
     _add_checkpoint(article)
     article.add_argument("--instruction", required=True, metavar="TEXT", help="what to write about, and how")
-    article.add_argument("--images", nargs="+", default=[], metavar="FILE", help="pictures that the model sees while it writes")
+    article.add_argument(
+        "--images",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="pictures that the model sees while it writes; a .txt beside one says what it is",
+    )
     article.add_argument("--collection", type=Path, metavar="C", help="where its pictures come from; --images themselves by default")
     article.add_argument("--pictures", type=_positive, default=3, metavar="N", help="pictures at most (default %(default)s)")
     article.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.html", help="the page; FILE.json goes beside it")

@@ -7,7 +7,7 @@ its record, docs/plora_ablation/SEED/ARM-RATE.json; what a record holds, of the 
 delete it and the run directory for that.
 
     python examples/small/control.py 0 1 2
-    python examples/small/ablation.py 0 1 2                                 (23 trainings, two at once; goes on where it was stopped)
+    python examples/small/ablation.py 0 1 2                                 (23 trainings, two at once, five to six hours; it goes on)
     python examples/small/ablation.py 0 1 2 --check docs/plora_ablation.md
 """
 
@@ -58,7 +58,8 @@ COLUMNS = {
 def main() -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description="Projector only, PLoRA, LoRA and full fine-tuning on the same data, as two tables.")
-    parser.add_argument("seeds", nargs="+", type=int, help="seeds whose mean the table shows: 0 1 2; rates are tuned with seed 0")
+    seeds = "seeds whose mean the table shows: 0 1 2; rates are tuned with seed 0; 23 trainings, hours, but for what has a record"
+    parser.add_argument("seeds", nargs="+", type=int, help=seeds)
     at_once = (
         "trainings side by side, of one rank each (default 2); they share the cores, and one of all weights takes up to 16 GB: then give 1"
     )
@@ -115,7 +116,10 @@ def train(arm: str, rate: str, seed: int) -> RunDir:
 
 
 def record_of(arm: str, rate: str, seed: int) -> Path:
-    """The file that keeps what a run reached: nats a token on the `validation` half; of the `test` half [figure, its error]; `minutes`."""
+    """The file that keeps what a run reached: nats a token on the `validation` half; of the `test` half [figure, its error]; `minutes`.
+
+    And the `format` of its numbers, for who compares machines.
+    """
     return RECORDS / str(seed) / f"{arm}-{rate}.json"
 
 
