@@ -162,8 +162,11 @@ def captioned_figures(documents: Iterable[Document]) -> list[Pair]:
     return [Pair(key, figure.caption, figure.image) for key, figure in of if figure.caption]
 
 
-def document_sample(document: Document) -> Sample:
-    """The layout of OBELICS; a figure's caption is the text behind it."""
+def document_sample(document: Document, ending: str = "") -> Sample:
+    """The layout of OBELICS; a figure's caption is the text behind it.
+
+    Every text ends with `ending`: training puts nothing between them.
+    """
     texts: list[str | None] = []
     images: list[str | None] = []
     members: dict[str, str | bytes] = {}
@@ -175,7 +178,7 @@ def document_sample(document: Document) -> Sample:
             images.append(name)
         text = element.caption if isinstance(element, Figure) else element
         if text:
-            texts.append(text)
+            texts.append(text + ending)
             images.append(None)
     return {"__key__": document.name, "json": json.dumps({"texts": texts, "images": images}, ensure_ascii=False), **members}
 
@@ -204,7 +207,7 @@ def _content(out: Path, folders: Iterable[str]) -> tuple[set[str], set[bytes]]:
         if "txt" in sample and "webp" in sample:
             texts |= {label_of(sample["txt"].decode()), f"pair: {thing_of(sample['txt'].decode())}"}
         turns = [t["value"] for t in value.get("conversations", [])]
-        texts |= {t.lower() for t in (sample.get("txt", b"").decode(), *value.get("texts", []), *turns) if t}
+        texts |= {t.lower().strip() for t in (sample.get("txt", b"").decode(), *value.get("texts", []), *turns) if t}
     return texts, pictures
 
 
@@ -226,7 +229,7 @@ def build(packages: Path, out: Path) -> None:
     write_shards(partial / "figures" / "%06d.tar", pair_samples(figures), PER_SHARD)
     paragraphs = list(unseen_paragraphs(unseen, documents))
     music = telling_nothing(read_documents(packages, MUSIC), (p for half in held_out.values() for p in half), unseen, paragraphs)
-    write_shards(partial / "lilypond" / "%06d.tar", map(document_sample, music), PER_SHARD)
+    write_shards(partial / "lilypond" / "%06d.tar", (document_sample(page, "\n") for page in music), PER_SHARD)
     write_shards(partial / "heldout" / "text" / "%06d.tar", paragraphs)
     captioned = [d for d in unseen if all(f.caption for f in d.figures)]  # else xc-compose eval takes the next line for a caption
     write_shards(partial / DOCUMENTS / "%06d.tar", map(document_sample, captioned))

@@ -176,6 +176,23 @@ def test_a_build_that_trains_on_what_it_holds_out_ends(tmp_path, trained):
         check(tmp_path, set())
 
 
+def test_a_build_that_says_what_it_holds_out_in_a_page_ends(tmp_path):
+    from packages import Document, Figure, Pair
+    from small_data import HELD_OUT_SOURCES, TRAINING, check, document_sample, pair_samples, write_shards
+
+    for number, folder in enumerate((*TRAINING, *HELD_OUT_SOURCES)):
+        write_shards(tmp_path / folder / "%06d.tar", pair_samples([Pair("a-1", called(number), drawing(number))]))
+    for said in ("Red apples", "Red apple"):
+        sample = document_sample(Document("page", ["Fruit", said, Figure(drawing(90), None), "The end."]), "\n")
+        write_shards(tmp_path / "lilypond" / "%06d.tar", [sample])
+        write_shards(tmp_path / "heldout/test" / "%06d.tar", pair_samples([Pair("a-1", "food: A red apple", drawing(91))]))
+        if said == "Red apples":
+            check(tmp_path, set())
+    assert json.loads(sample["json"])["texts"] == ["Fruit\n", "Red apple\n", None, "The end.\n"], "or they would be read without a space"
+    with pytest.raises(SystemExit, match=r"heldout/test: 0 pictures .*red apple"):
+        check(tmp_path, set())
+
+
 def test_conversations_are_samples_and_their_answers_stand_in_the_data():
     from conversations import of_composition, of_documents, of_pairs, webp
     from packages import Document, Figure, Pair
