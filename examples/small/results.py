@@ -63,6 +63,9 @@ def main() -> int:
                 f"error: {record_of(seed)} does not say what {RUNS / str(seed)} says (delete it to have it written anew)", file=sys.stderr
             )
             return 1
+        kept_figures = recorded(seed)["figures"]
+        if LESS in kept_figures:
+            control.require_same(kept_figures[LESS][0], kept_figures[FIGURES["nll_right"]][0], seed, record_of(seed))
     return printed((figures(arguments.seeds), sample_table(recorded(arguments.seeds[0])["samples"])), arguments.check)
 
 
