@@ -19,7 +19,7 @@ CANDIDATES = 4
 SHORT_ANSWER = 48
 """Longest answer, in tokens, of every step but the first; that of lines is longer where many are asked for."""
 MARK_TOKENS = 8
-"""Of a line's mark and what parts it from the next, at most."""
+"""Of a line's mark and what parts it from the next."""
 SHOWN_WORDS = (None, 40, 20, 10, 5)
 """Words of each line that are shown for the choice of lines: the most that fit."""
 
@@ -125,11 +125,12 @@ def _choose_lines(assistant: Assistant, article: Article, most: int) -> list[int
 def ask_for_lines(assistant: Assistant, lines: Sequence[str], most: int) -> tuple[Parts, Said, Read] | None:
     """Asks for lines that a picture fits, showing as much of each line as fits the context; None where nothing does."""
     longest_answer = max(SHORT_ANSWER, MARK_TOKENS * most)
-    for words in SHOWN_WORDS:
-        parts = prompts.choose_lines(lines, most, words)
-        if assistant.fits(ask(*parts), longest_answer):
-            said = assistant.answer(ask(*parts), longest_answer, GREEDY)
-            return parts, said, prompts.read_lines(said.text, len(lines), most, said.whole)
+    for room in (longest_answer, SHORT_ANSWER):
+        for words in SHOWN_WORDS:
+            parts = prompts.choose_lines(lines, most, words)
+            if assistant.fits(ask(*parts), room):
+                said = assistant.answer(ask(*parts), longest_answer, GREEDY)
+                return parts, said, prompts.read_lines(said.text, len(lines), most, said.whole)
     return None
 
 

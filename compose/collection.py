@@ -264,8 +264,7 @@ def _of_source(source: ShardSource, folder: Path, damaged: list[str]) -> Iterato
     if source.kind is not Kind.pair:
         raise UserError(f"{folder.absolute()} is a source of kind {source.kind.value}, whose pictures have no captions (give one of pairs)")
     reader = ShardReader()
-    names = (name for shard in range(len(source.facts.shards)) for name in source.shard_keys(shard).to_pylist())  # a shard's at a time
-    for row, name in enumerate(names):
+    for row, name in enumerate(source.keys()):
         try:
             elements = elements_of(Kind.pair, reader.read(source.locate(row)))
         except BadSample:

@@ -1,6 +1,7 @@
 """What the four console commands have in common: how they take their words, and how they end.
 
-Invariant: a user error, or Ctrl-C, is one line on stderr and its exit code, never a traceback; nothing here imports more than the errors.
+Invariant: a user error is one line on stderr and its exit code, Ctrl-C one line and its signal, never a traceback; nothing here imports
+more than the errors.
 """
 
 import argparse
@@ -8,7 +9,7 @@ import errno
 import sys
 from collections.abc import Callable, Sequence
 
-from data_pipeline.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, STORAGE_ERRORS, TryAgainError, UserError
+from data_pipeline.errors import EXIT_DONE, EXIT_USER, STORAGE_ERRORS, TryAgainError, UserError
 
 _FOR_THE_USER = (*STORAGE_ERRORS, errno.ENAMETOOLONG)
 """The last is what pathlib raises of a path that is only asked whether it is there."""
@@ -24,8 +25,9 @@ def command_line(run: Callable[[], int]) -> int:
     except BrokenPipeError:
         return EXIT_DONE
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        print("interrupted", file=sys.stderr)
+        sys.excepthook = lambda *_: None
+        raise  # so that Python ends of SIGINT, and a shell's loop with it
     except OSError as error:
         if error.errno not in _FOR_THE_USER:
             raise

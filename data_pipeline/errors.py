@@ -11,8 +11,6 @@ EXIT_CRASH = 1
 EXIT_USER = 2
 EXIT_NEEDS_PERSON = 70
 EXIT_TRY_AGAIN = 75
-EXIT_INTERRUPTED = 130
-"""What a shell gives a command that Ctrl-C ended."""
 
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 """What a file system says and the user mends: by making room, or by rights."""

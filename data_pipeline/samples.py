@@ -24,8 +24,8 @@ Image.MAX_IMAGE_PIXELS = None  # `require_size` stands before every decode, and 
 SCAN_LIMIT = 100
 """Most scans of a JPEG, each of which goes over the whole picture for a few bytes; progressive ones that are meant well have ten or so."""
 _SCAN, _END = b"\xff\xda", b"\xff\xd9"
-_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
-"""What begins a segment of a JPEG, or ends it: not the stuffed zeros and the restarts that stand in its pixels."""
+_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
+"""What begins a segment of a JPEG, or ends it: not stuffed zeros, restarts, and what a decoder drops behind a restart."""
 LYING = (5, 6, 7, 8)
 """EXIF orientations that swap width and height."""
 TEXT_LIMIT = 1 << 22

@@ -21,8 +21,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(args: argparse.Namespace) -> int:
     try:
         return args.run(args)
-    except KeyboardInterrupt:  # how one leaves --watch and -f
-        return EXIT_DONE
+    except KeyboardInterrupt:
+        if getattr(args, "watch", False) or getattr(args, "follow", False):  # how one leaves them
+            return EXIT_DONE
+        raise
 
 
 def _parser() -> argparse.ArgumentParser:

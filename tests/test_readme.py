@@ -10,7 +10,7 @@ import pytest
 from train import configure
 
 TOP = Path(__file__).resolve().parents[1]
-PAGES = [TOP / "README.md", *sorted((TOP / "docs").glob("*.md")), TOP / "examples" / "demo" / "README.md"]
+PAGES = [TOP / "README.md", *sorted((TOP / "docs").glob("*.md")), *sorted((TOP / "examples").glob("*/README.md"))]
 README = PAGES[0].read_text()
 MODULES = {"xc-compose": "compose.cli", "xc-data": "data_pipeline.cli", "xc-slurm": "slurm.cli", "xc-train": "train.cli"}
 

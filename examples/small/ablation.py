@@ -26,9 +26,8 @@ from typing import Any
 
 import control
 import torch
-from records import BIN, HELD_OUT, end_where_it_fails, exit_with, keep, kept, marked, printed, run_stage
+from records import BIN, HELD_OUT, end_where_it_fails, exit_with, keep, kept, marked, printed, require_same, run_stage
 
-from data_pipeline.errors import UserError
 from train import configure
 from train.config import Config
 from train.evaluate import Scorer, Scores
@@ -237,9 +236,9 @@ def check_record(arm: str, seed: int) -> None:
     """
     rate = best_rate(arm)
     record, run, test = record_of(arm, rate, seed), run_of(arm, rate, seed), tested(arm, seed)
-    control.require_same(test["less"][0], test["nll_right"][0], seed, record)
-    if captions_of(run).exists() and (test | told_by(captions_of(run)), run.lived_s() / 60) != (test, asked_of(arm, rate, seed, "minutes")):
-        raise UserError(f"{record} does not say what {run.path} says (delete it to have it written anew)")
+    control.require_difference(test["less"][0], test["nll_right"][0], seed, f"delete {record}, and run ablation.py {seed}")
+    if captions_of(run).exists():
+        require_same(record, {"test": test | told_by(captions_of(run)), "minutes": run.lived_s() / 60}, run.path)
 
 
 def change_of_words(opened: Opened) -> list[float]:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from compose import prompts
 from compose.article import SHORT_ANSWER, Article, ask_for_lines, compose
-from compose.assistant import Assistant, Said, Turn, load
+from compose.assistant import Assistant, Said, Turn, ask, load
 from compose.cli import main
 from compose.collection import Collection, build
 from compose.page import check_output, write
@@ -26,13 +26,14 @@ TEXT = "# Fruit & <b>sun</b>\n\nApples ripen in the sun.\nBirds like them too.\n
 class Scripted(Assistant):
     """A model whose answers are given; what it is asked is laid out and measured as ever."""
 
-    def __init__(self, model: Assistant, answers: list[str], context: int = 4096) -> None:
+    def __init__(self, model: Assistant, answers: list[str | Said], context: int = 4096) -> None:
         super().__init__(model.model, model.tokenizer, model.images, context, model.stage, model.weights)
         self.answers = answers
 
     def answer(self, turns: list[Turn], max_tokens: int, sampling: Sampling = GREEDY) -> Said:
         assert self.length(turns) <= self.context
-        return Said(self.answers.pop(0), True)
+        answer = self.answers.pop(0)
+        return answer if isinstance(answer, Said) else Said(answer, True)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +139,10 @@ def test_letters_are_read_strictly(answer, value):
     assert (prompts.read_choice(answer, 4).fallback is None) == (value is not None)
 
 
-def test_a_caption_that_the_limit_cut_off_is_said():
+def test_answers_that_the_limit_cut_off_are_said(assistant, emoji):
+    article = composed(assistant, emoji, [TEXT, Said("<Seg0>, <Seg2>", False), Said("A red", False), "B", "Snow.", "D."])
+    assert [s.step for s in article.steps if s.fallback and "cut off at the limit" in s.fallback] == ["choose lines", "caption"]
+    assert [caption for _, caption in article.pictures.values()] == ["A red", "Snow."]
     assert prompts.read_caption("A red", "x", whole=False) == Read("A red", "cut off at the limit of its length")
     assert prompts.read_caption("A red apple", "x", whole=True) == Read("A red apple")
 
@@ -156,6 +160,10 @@ def test_an_answer_with_many_marks_has_room_for_them(assistant):
     assert read == Read(list(range(20))) and asked[0] >= len(assistant.tokenizer.encode(marks))
     ask_for_lines(Marking(assistant, ["none"]), lines, 2)
     assert asked[1] == SHORT_ANSWER
+    least = assistant.length(ask(*prompts.choose_lines(lines, 20, 5)))
+    *_, read = ask_for_lines(Marking(assistant, [marks], least + SHORT_ANSWER), lines, 20)
+    assert read.fallback is None, "asked, though there is less room"
+    assert ask_for_lines(Marking(assistant, [], least + SHORT_ANSWER - 1), lines, 20) is None
 
 
 def test_a_text_without_blanks_is_no_title_and_is_shown_cut():
