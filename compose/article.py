@@ -17,7 +17,9 @@ from train.generate import GREEDY, Sampling
 CANDIDATES = 4
 """Retrieved for each place (paper: 4)."""
 SHORT_ANSWER = 48
-"""Longest answer, in tokens, of every step but the first."""
+"""Longest answer, in tokens, of every step but the first; that of lines is longer where many are asked for."""
+MARK_TOKENS = 8
+"""Of a line's mark and what parts it from the next."""
 SHOWN_WORDS = (None, 40, 20, 10, 5)
 """Words of each line that are shown for the choice of lines: the most that fit."""
 
@@ -113,18 +115,23 @@ def _write(assistant: Assistant, article: Article, references: Sequence[Picture]
 
 def _choose_lines(assistant: Assistant, article: Article, most: int) -> list[int]:
     most = min(most, len(article.lines))
-    parts = ask_for_lines(assistant, article.lines, most)
-    if parts is None:
+    asked = ask_for_lines(assistant, article.lines, most)
+    if asked is None:
         read = Read(prompts.spread(len(article.lines), most), "the lines do not fit the model's context; spread evenly over the lines")
         return _note(article, "choose lines", prompts.choose_lines(article.lines, most, SHOWN_WORDS[-1]), None, read, None)
-    said = answer(assistant, parts)
-    return _note(article, "choose lines", parts, said, prompts.read_lines(said.text, len(article.lines), most), None)
+    return _note(article, "choose lines", *asked, None)
 
 
-def ask_for_lines(assistant: Assistant, lines: Sequence[str], most: int) -> Parts | None:
-    """The question for lines that a picture fits, with as much of each line as fits the context; None where nothing does."""
-    asked = (prompts.choose_lines(lines, most, words) for words in SHOWN_WORDS)
-    return next((parts for parts in asked if fits(assistant, parts)), None)
+def ask_for_lines(assistant: Assistant, lines: Sequence[str], most: int) -> tuple[Parts, Said, Read] | None:
+    """Asks for lines that a picture fits, showing as much of each line as fits the context; None where nothing does."""
+    longest_answer = max(SHORT_ANSWER, MARK_TOKENS * most)
+    for room in (longest_answer, SHORT_ANSWER):
+        for words in SHOWN_WORDS:
+            parts = prompts.choose_lines(lines, most, words)
+            if assistant.fits(ask(*parts), room):
+                said = assistant.answer(ask(*parts), longest_answer, GREEDY)
+                return parts, said, prompts.read_lines(said.text, len(lines), most, said.whole)
+    return None
 
 
 def _caption(assistant: Assistant, article: Article, line: int) -> str:
@@ -132,8 +139,8 @@ def _caption(assistant: Assistant, article: Article, line: int) -> str:
     if parts is None:
         read = Read(article.lines[line][: prompts.CAPTION_CHARACTERS], "the line does not fit the model's context; took the line itself")
         return _note(article, "caption", prompts.caption(article.title, []), None, read, line)
-    said = answer(assistant, parts)
-    return _note(article, "caption", parts, said, prompts.read_caption(said.text, article.lines[line]), line)
+    said = _answer(assistant, parts)
+    return _note(article, "caption", parts, said, prompts.read_caption(said.text, article.lines[line], said.whole), line)
 
 
 def _choose(assistant: Assistant, article: Article, line: int, words: str, candidates: Sequence[Picture]) -> int:
@@ -143,7 +150,7 @@ def _choose(assistant: Assistant, article: Article, line: int, words: str, candi
         parts = longest(assistant, article.before(line), lambda before, shown=shown: prompts.choose(article.title, before, words, shown))
         if parts is None:
             continue
-        said = answer(assistant, parts)
+        said = _answer(assistant, parts)
         read = prompts.read_choice(said.text, count)
         if read.value is None:
             read = Read(assistant.likeliest(ask(*parts), prompts.OPTIONS[:count]), read.fallback)
@@ -158,17 +165,12 @@ def longest(assistant: Assistant, before: Sequence[Placed], make: Callable[[Sequ
     """The prompt over as many of the lines before a place as fit, the nearest ones; None where not even one does."""
     for first in range(len(before)):
         parts = make(before[first:])
-        if fits(assistant, parts):
+        if assistant.fits(ask(*parts), SHORT_ANSWER):
             return parts
     return None
 
 
-def fits(assistant: Assistant, parts: Parts) -> bool:
-    """Whether a question leaves room for a short answer."""
-    return assistant.fits(ask(*parts), SHORT_ANSWER)
-
-
-def answer(assistant: Assistant, parts: Parts) -> Said:
+def _answer(assistant: Assistant, parts: Parts) -> Said:
     """A short, greedy answer to one question."""
     return assistant.answer(ask(*parts), SHORT_ANSWER, GREEDY)
 

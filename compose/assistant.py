@@ -106,13 +106,18 @@ class Prompter:
         if self.stage is Stage.language:
             raise UserError("this is a checkpoint of stage language, which has seen no picture (take one of pretrain, sft or compose)")
 
+    @property
+    def obeys(self) -> bool:
+        """Whether the model was trained to follow instructions."""
+        return self.stage in (Stage.sft, Stage.compose)
+
     def require_obedience(self) -> None:
         """Refuses a model that was not trained to follow instructions.
 
         Raises:
             UserError: it was not.
         """
-        if self.stage not in (Stage.sft, Stage.compose):
+        if not self.obeys:
             what = f"a checkpoint of stage {self.stage.value}, which was not trained to follow instructions"
             raise UserError(f"this is {what} (take one of sft or compose)")
 

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 
-from compose import pictures
+from compose import pictures, prompts
 from compose.assistant import Assistant, Parts, Turn
 from data_pipeline.errors import UserError
 from data_pipeline.samples import Role
@@ -70,7 +70,7 @@ class Chat:
         said = self.assistant.answer(turns, self.max_tokens, self.sampling, hear)
         forgotten = (len(self.turns) + 1 - len(turns)) // 2
         self.turns = [*turns, Turn(Role.assistant, [said.text])]
-        remarks = [] if said.whole else ["cut off at the limit of its length"]
+        remarks = [] if said.whole else [prompts.CUT_OFF]
         remarks += [f"{forgotten} earlier turns no longer fit and were forgotten"] if forgotten else []
         return said.text, "; ".join(remarks)
 

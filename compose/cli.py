@@ -169,10 +169,14 @@ def _chat(args: argparse.Namespace) -> int:
     from compose import assistant, chat
     from train.generate import Sampling
 
+    prompter = assistant.prompter(args.checkpoint)
     if args.ask is not None:
         if not args.ask.strip():
             raise UserError("--ask is empty (ask something)")
-        assistant.prompter(args.checkpoint).room(assistant.ask(*chat.parts(args.ask)))
+        prompter.room(assistant.ask(*chat.parts(args.ask)))
+    if not prompter.obeys:
+        stage = prompter.stage.value
+        print(f"note: {args.checkpoint} is of stage {stage}: it has learnt no turns, and goes on where it should answer", file=sys.stderr)
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     conversation = chat.Chat(assistant.load(args.checkpoint), args.max_tokens, sampling)
     if args.ask is not None:

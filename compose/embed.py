@@ -12,6 +12,8 @@ import wordllama
 
 NAME = "wordllama l2_supercat 256"
 WIDTH = 256
+MOST_CHARACTERS = 4000
+"""Of a text, its beginning: every text is padded to the longest beside it."""
 
 
 @cache
@@ -25,7 +27,7 @@ def embed(texts: Sequence[str]) -> np.ndarray:
 
     English mainly, word order unseen; a text without any known word is the zero vector.
     """
-    return unit(np.asarray(_model().embed(list(texts), norm=False), np.float32))
+    return unit(np.asarray(_model().embed([text[:MOST_CHARACTERS] for text in texts], norm=False), np.float32))
 
 
 def centred(vectors: np.ndarray, centre: np.ndarray) -> np.ndarray:

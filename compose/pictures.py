@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_pipeline.errors import UserError
 from data_pipeline.read.images import decode
-from data_pipeline.samples import BadSample
+from data_pipeline.samples import BadSample, image_size
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 JPEG_QUALITY = 88
@@ -84,6 +84,7 @@ def decoded(name: str, data: bytes, where: str) -> Picture:
         UserError: they do not decode.
     """
     try:
+        image_size(data)  # refuses more than decoding does: what the model reads first
         decode(data)
     except BadSample:
         raise UserError(f"{where} does not decode as a picture (give a whole {', '.join(e[1:] for e in EXTENSIONS)})") from None

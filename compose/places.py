@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from compose import prompts
-from compose.article import answer, ask_for_lines, longest
+from compose.article import ask_for_lines, longest
 from compose.assistant import Assistant, Parts, ask
 from compose.pictures import Picture
 from compose.prompts import Placed
@@ -141,11 +141,11 @@ def measure(assistant: Assistant, scorer: Scorer, pages: Sequence[Page]) -> Foun
     left_out = 0
     for page in pages:
         right = sorted(page.figures)
-        parts = ask_for_lines(assistant, page.lines, len(right))
-        if parts is None:
+        asked = ask_for_lines(assistant, page.lines, len(right))
+        if asked is None:
             left_out += 1
             continue
-        chosen = prompts.read_lines(answer(assistant, parts).text, len(page.lines), len(right))
+        *_, chosen = asked
         f1.append(_f1(chosen.value, right))
         evenly.append(_f1(prompts.spread(len(page.lines), len(right)), right))
         as_asked.append(chosen.fallback is None)

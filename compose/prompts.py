@@ -15,7 +15,11 @@ from compose.pictures import Picture
 
 OPTIONS = "ABCD"
 TITLE_WORDS = 14
+TITLE_CHARACTERS = 120
+WORD_CHARACTERS = 12
+"""A word that is shown of a line counts for at most so many: Chinese and Japanese have no blanks between words."""
 CAPTION_CHARACTERS = 200
+CUT_OFF = "cut off at the limit of its length"
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 _MARK = re.compile(r"<Seg(\d+)>")
 
@@ -53,7 +57,7 @@ def read_article(answer: str, instruction: str, whole: bool = True) -> Read:
     remarks = []
     if not whole:
         answer, broken = _without_end(answer)
-        remarks.append("cut off at the limit of its length" + ("; its last, broken sentence left out" if broken else ""))
+        remarks.append(CUT_OFF + ("; its last, broken sentence left out" if broken else ""))
     lines = [line.strip().lstrip("#").strip(" *") for line in answer.splitlines()]
     lines = [line for line in lines if line]
     kept = list(dict.fromkeys(lines))
@@ -66,7 +70,7 @@ def read_article(answer: str, instruction: str, whole: bool = True) -> Read:
     elif len(kept) == 1:
         lines = _sentences(kept[0])
         remarks.append("written as one line; split into sentences, titled by the instruction")
-    elif len(title.split()) > TITLE_WORDS:
+    elif len(title.split()) > TITLE_WORDS or len(title) > TITLE_CHARACTERS:
         title, lines = _short(instruction), kept
         remarks.append("the first line is too long for a title; titled by the instruction")
     return Read(Text(title, lines), "; ".join(remarks) or None)
@@ -92,26 +96,29 @@ def _sentences(line: str) -> list[str]:
 
 
 def _short(text: str) -> str:
-    words = text.split()
-    return " ".join(words[:TITLE_WORDS]) + (" …" if len(words) > TITLE_WORDS else "")
+    text = " ".join(text.split())
+    short = " ".join(text.split()[:TITLE_WORDS])[:TITLE_CHARACTERS]
+    return short + (" …" if short != text else "")
 
 
 def choose_lines(lines: Sequence[str], most: int, words: int | None = None) -> Parts:
     """Asks after which lines a picture belongs; of each line `words` words are shown, all by default."""
-    shown = [" ".join(line.split()[:words]) for line in lines]
+    characters = words and words * WORD_CHARACTERS
+    shown = [" ".join(line.split()[:words])[:characters] for line in lines]
     marked = "\n".join(f"<Seg{i}> {line}" for i, line in enumerate(shown))
     return [f"{marked}\nAfter which of these lines does a picture fit? At most {most}. Answer with their marks alone, or with none."]
 
 
-def read_lines(answer: str, count: int, most: int) -> Read:
-    """Line numbers, ascending."""
+def read_lines(answer: str, count: int, most: int, whole: bool = True) -> Read:
+    """Line numbers, ascending. `whole`: the model ended the answer."""
     if answer.strip().lower().rstrip(".") == "none":
         return Read([])
     found = sorted({int(n) for n in _MARK.findall(answer) if int(n) < count})
-    if re.fullmatch(r"<Seg\d+>(\s*,?\s*<Seg\d+>)*\.?", answer.strip()) and len(set(_MARK.findall(answer))) == len(found) <= most:
+    if whole and re.fullmatch(r"<Seg\d+>(\s*,?\s*<Seg\d+>)*\.?", answer.strip()) and len(set(_MARK.findall(answer))) == len(found) <= most:
         return Read(found)
     if found:
-        return Read(found[:most], f"not marks alone, or lines that are not there, or too many; took the first {most} valid marks")
+        what = "not marks alone, or lines that are not there, or too many" if whole else CUT_OFF
+        return Read(found[:most], f"{what}; took the first {most} valid marks")
     return Read(spread(count, most), "no valid mark; spread evenly over the lines")
 
 
@@ -128,11 +135,11 @@ def caption(title: str, before: Sequence[Placed]) -> Parts:
     return [f"{text}\nA picture follows here. Write its caption in one short sentence, and nothing else."]
 
 
-def read_caption(answer: str, line: str) -> Read:
-    """One line of at most `CAPTION_CHARACTERS`."""
+def read_caption(answer: str, line: str, whole: bool = True) -> Read:
+    """One line of at most `CAPTION_CHARACTERS`. `whole`: the model ended it."""
     lines = [found.strip().strip("\"'“”") for found in answer.splitlines() if found.strip()]
     if len(lines) == 1 and 0 < len(lines[0]) <= CAPTION_CHARACTERS:
-        return Read(lines[0])
+        return Read(lines[0], None if whole else CUT_OFF)
     if lines and lines[0]:
         return Read(lines[0][:CAPTION_CHARACTERS], "more than one short line; took the beginning of the first")
     return Read(line[:CAPTION_CHARACTERS], "nothing was written; took the line before it")

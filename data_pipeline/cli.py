@@ -184,11 +184,11 @@ def _watched(work: Callable[[Any], Any], items: Sequence[Any], workers: int, wha
     from rich.console import Console
     from rich.progress import Progress
 
-    from data_pipeline.processes import end_with_maker
+    from data_pipeline.processes import begin_in_pool
     from data_pipeline.read.remote import worker_context
 
     bar = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
-    with bar as progress, ProcessPoolExecutor(max(1, workers), worker_context(), end_with_maker) as pool:
+    with bar as progress, ProcessPoolExecutor(max(1, workers), worker_context(), begin_in_pool) as pool:
         results = _together(pool, work, items, names) if workers > 1 else map(work, items)
         yield from progress.track(results, total=len(items), description=what)
 

@@ -1,6 +1,7 @@
 """What the four console commands have in common: how they take their words, and how they end.
 
-Invariant: a user error is one line on stderr and its exit code, never a traceback; nothing here imports more than the errors.
+Invariant: a user error is one line on stderr and its exit code, Ctrl-C one line and its signal, never a traceback; nothing here imports
+more than the errors.
 """
 
 import argparse
@@ -23,6 +24,10 @@ def command_line(run: Callable[[], int]) -> int:
         return error.exit_code
     except BrokenPipeError:
         return EXIT_DONE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.excepthook = lambda *_: None
+        raise  # so that Python ends of SIGINT, and a shell's loop with it
     except OSError as error:
         if error.errno not in _FOR_THE_USER:
             raise

@@ -56,6 +56,12 @@ def open_many_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+def begin_in_pool() -> None:
+    """For a pool's worker: Ctrl-C, which reaches it too, ends it without a traceback; the command says it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_with_maker()
+
+
 def begin_worker(number: int) -> None:
     """For torch's DataLoader: a worker whose trainer was killed would wait for ever to hand over what it has read."""
     end_with_maker()

@@ -5,6 +5,7 @@ Invariant: the indexer and the reader call the same `parse`, so what was counted
 
 import io
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -22,6 +23,9 @@ PIXEL_LIMIT = 178_000_000
 Image.MAX_IMAGE_PIXELS = None  # `require_size` stands before every decode, and names the size that it refuses
 SCAN_LIMIT = 100
 """Most scans of a JPEG, each of which goes over the whole picture for a few bytes; progressive ones that are meant well have ten or so."""
+_SCAN, _END = b"\xff\xda", b"\xff\xd9"
+_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
+"""What begins a segment of a JPEG, or ends it: not stuffed zeros, restarts, and what a decoder drops behind a restart."""
 LYING = (5, 6, 7, 8)
 """EXIF orientations that swap width and height."""
 TEXT_LIMIT = 1 << 22
@@ -142,10 +146,19 @@ def image_size(data: bytes) -> tuple[int, int]:
     except Exception as error:  # noqa: BLE001  Pillow's plugins raise whatever hostile bytes lead them to (struct.error, KeyError, ...)
         raise BadSample(f"image header unreadable: {error}") from None
     require_size(width, height)
-    scans = data.count(b"\xff\xda") if data.startswith(b"\xff\xd8") else 0
-    if scans > SCAN_LIMIT:
+    if data.startswith(b"\xff\xd8") and data.count(_SCAN) > SCAN_LIMIT and (scans := _scans(data)) > SCAN_LIMIT:
         raise BadSample(f"image too large: {width}x{height} in {scans} scans")
     return width, height
+
+
+def _scans(data: bytes) -> int:
+    """Scans of a JPEG up to its end: behind it a phone may have put a film, in which the bytes of a marker stand by chance."""
+    at, scans = 2, 0
+    while (marker := _MARKER.search(data, at)) and marker[0] != _END:
+        scans += marker[0] == _SCAN
+        at = marker.end()
+        at += int.from_bytes(data[at : at + 2])  # its length, which counts itself
+    return scans
 
 
 def orientation(image: Image.Image) -> int | None:

@@ -15,11 +15,16 @@ from data_pipeline.errors import EXIT_DONE, UserError
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     args = parse(_parser(), argv, "overrides")
+    sys.exit(command_line(lambda: _run(args)))
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
-        code = command_line(lambda: args.run(args))
-    except KeyboardInterrupt:  # how one leaves --watch and -f
-        code = EXIT_DONE
-    sys.exit(code)
+        return args.run(args)
+    except KeyboardInterrupt:
+        if getattr(args, "watch", False) or getattr(args, "follow", False):  # how one leaves them
+            return EXIT_DONE
+        raise
 
 
 def _parser() -> argparse.ArgumentParser:

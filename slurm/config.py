@@ -55,7 +55,7 @@ class SlurmConfig:
     ranks_per_node: int | None = None
     """Ranks a node; one a GPU by default, one where there is no GPU."""
     cpus_per_rank: int | None = None
-    """Cores a rank, data workers included; the site's default if not given."""
+    """Cores a rank, data workers included: give it; else the site's default, often one."""
     mem: str | None = "0"
     """Memory a node; 0 = all of it."""
     exclusive: bool = True

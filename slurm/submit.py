@@ -144,7 +144,7 @@ def check(config: Config, settings: SlurmConfig, place: Place, earlier: Sequence
     kinds = set()
     for name, source in config.data.sources.items():
         if "://" in source.path and not source.index_dir:
-            continue
+            raise UserError(f"data.sources.{name}: a remote source keeps its index in a local folder (name it: index_dir)")
         folder = place.cwd / (source.index_dir or source.path)
         if not (folder / "source.json").exists():
             raise UserError(f"data.sources.{name}: no source.json in {folder} (run xc-data index and xc-data merge, or mend the path)")

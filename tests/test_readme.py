@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from train import configure
+
 TOP = Path(__file__).resolve().parents[1]
-PAGES = [TOP / "README.md", *sorted((TOP / "docs").glob("*.md")), TOP / "examples" / "demo" / "README.md"]
+PAGES = [TOP / "README.md", *sorted((TOP / "docs").glob("*.md")), *sorted((TOP / "examples").glob("*/README.md"))]
 README = PAGES[0].read_text()
 MODULES = {"xc-compose": "compose.cli", "xc-data": "data_pipeline.cli", "xc-slurm": "slurm.cli", "xc-train": "train.cli"}
 
@@ -39,6 +41,15 @@ def test_every_command_that_is_named_exists_and_explains_itself(program):
         shown = subprocess.run([sys.executable, "-m", MODULES[program], name, "--help"], capture_output=True, text=True)
         assert shown.returncode == 0, f"{program} {name}: {shown.stderr}"
         assert len(shown.stdout) > 200
+
+
+@pytest.mark.parametrize("page", [*PAGES, *TOP.glob("*/cli.py")], ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_every_config_that_is_named_is_there_and_a_stage(page):
+    for named in set(re.findall(r"\bconfigs/[\w/*\[\]-]+\.yaml", page.read_text())) - {"configs/NAME.yaml"}:
+        found = sorted(TOP.glob(named))
+        assert found, named
+        for config in found:
+            configure.load(config)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)

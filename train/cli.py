@@ -28,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="xc-train",
         description="Train a vision-language model with Partial LoRA, one YAML a stage.",
-        epilog="The demo: xc-train run configs/demo/*.yaml --procs 2; xc-train report runs/demo",
+        epilog="The demo, once make demo has indexed it: xc-train run configs/demo/[1-3]*.yaml --procs 2; xc-train report runs/demo",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -80,7 +80,7 @@ _RUN = """Trains each stage in its run directory (run.dir), then measures it on 
 A stage goes on from its newest checkpoint; a finished one is passed over. Ctrl-C, SIGTERM or `touch RUN/stop` end it after the step,
 with a checkpoint; `touch RUN/save` asks for one. docs/training.md says what watches over a run.
 
-  xc-train run configs/demo/*.yaml --procs 2
+  xc-train run configs/demo/[1-3]*.yaml --procs 2
   xc-train run configs/demo/2_pretrain.yaml deepspeed.stage=3 train.lr=1e-3 run.dir=runs/try
 
 Exit codes: 0 done; 1 crash; 2 your input, nothing was started or lost; 70 needs a person; 75 stopped, the same command goes on."""

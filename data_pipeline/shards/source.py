@@ -7,6 +7,7 @@ import bisect
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import fields
 from itertools import repeat
 from pathlib import Path
@@ -149,9 +150,9 @@ class ShardSource:
         shard = self.shard_of(row)
         return self.shard_keys(shard)[row - self.facts.shard_first_rows[shard]].as_py()
 
-    def keys(self) -> list[str]:
-        """Keys of all rows, from all sidecars: for held-out sources, which are small."""
-        return [key for shard in range(len(self.facts.shards)) for key in self.shard_keys(shard).to_pylist()]
+    def keys(self) -> Iterator[str]:
+        """Keys of all rows, in order, a sidecar's at a time."""
+        return (key for shard in range(len(self.facts.shards)) for key in self.shard_keys(shard).to_pylist())
 
     def shard_of(self, row: int) -> int:
         """Number of the shard that holds a sample."""

@@ -100,10 +100,13 @@ class Document:
 
 
 def fetch(package: Package, folder: Path) -> Path:
-    """The archive in `folder`, downloaded if it is not there. Raises SystemExit when its bytes are not the pinned ones."""
+    """The archive in `folder`, downloaded if it is not there. Raises SystemExit where it cannot be, or has other bytes than were pinned."""
     path = folder / package.archive
     if not path.exists():
-        subprocess.run(package.fetch, cwd=folder, check=True)
+        try:
+            subprocess.run(package.fetch, cwd=folder, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise SystemExit(f"error: {path} cannot be downloaded: {error} (mend that, or put the file there)") from None
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != package.sha256:
         raise SystemExit(f"{path}: SHA-256 is {digest}, expected {package.sha256}; delete the file to download it again")

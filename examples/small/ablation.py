@@ -20,12 +20,13 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import control
 import torch
-from records import BIN, HELD_OUT, end_where_it_fails, exit_with, keep, kept, marked, printed, run_stage
+from records import BIN, HELD_OUT, end_where_it_fails, exit_with, keep, kept, marked, printed, require_same, run_stage
 
 from train import configure
 from train.config import Config
@@ -67,6 +68,9 @@ def main() -> int:
     parser.add_argument("--check", type=Path, help="a document that must hold the tables; nothing is trained")
     arguments = parser.parse_args()
     if arguments.check is None:
+        for seed in arguments.seeds:
+            if not is_measured(seed):
+                control.require_weights(seed)
         threads = max(1, (os.cpu_count() or 1) // arguments.at_once)
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -74,6 +78,8 @@ def main() -> int:
         for arms in (ALONE, beside):  # these stand beside a projector of the rate that it prefers alone
             side_by_side(tune, [(arm, rate) for arm in arms for rate in RATES[arm]], arguments.at_once)
         side_by_side(measure, [(arm, seed) for seed in arguments.seeds for arm in RATES], arguments.at_once)
+    for arm, seed in product(RATES, arguments.seeds):
+        check_record(arm, seed)
     return printed((tuning_table(), outcome_table(arguments.seeds)), arguments.check)
 
 
@@ -187,22 +193,52 @@ def tested(arm: str, seed: int) -> dict[str, list[float]]:
     return found
 
 
+def is_measured(seed: int) -> bool:
+    """Whether all arms have all figures."""
+    try:
+        return all(tested(arm, seed) for arm in RATES)
+    except FileNotFoundError:
+        return False
+
+
 def measure(arm: str, seed: int) -> None:
     """Trains with the arm's learning rate, and measures the test half."""
     rate = best_rate(arm)
     known = recorded(arm, rate, seed).get("test", {})
     if COLUMNS.keys() <= known.keys():
         return
-    control.require_weights(seed)
     run = train(arm, rate, seed)
-    out = run.path / "captions.json"
+    out = captions_of(run)
     if not out.exists():
         end_where_it_fails(BIN / "xc-compose", "eval", run.path, "--suite", "captions", "--data", HELD_OUT / "test", "-o", out)
-    found = {row["figure"]: [row["value"], row["stderr"]] for row in json.loads(out.read_text())["tables"][0]["rows"]}
+    found = told_by(out)
     opened = open_model(run.path)
     found["less"] = known.get("less") or control.less_of(run, seed)
     found["words"] = known.get("words") or change_of_words(opened)
     add(arm, rate, seed, run, {"test": found, "format": str(opened.dtype).removeprefix("torch.")})
+
+
+def captions_of(run: RunDir) -> Path:
+    """Where its captions' tables lie."""
+    return run.path / "captions.json"
+
+
+def told_by(captions: Path) -> dict[str, list[float]]:
+    """Figures of such a file, with their standard errors."""
+    return {row["figure"]: [row["value"], row["stderr"]] for row in json.loads(captions.read_text())["tables"][0]["rows"]}
+
+
+def check_record(arm: str, seed: int) -> None:
+    """A record says what the run directory says, if that is there, and compares with the control that is chosen now.
+
+    Raises:
+        UserError: it does not.
+    """
+    rate = best_rate(arm)
+    record, run, test = record_of(arm, rate, seed), run_of(arm, rate, seed), tested(arm, seed)
+    control.require_difference(test["less"][0], test["nll_right"][0], seed, f"delete {record}, and run ablation.py {seed}")
+    if captions_of(run).exists():
+        require_same(record, {"test": test | told_by(captions_of(run)), "minutes": run.lived_s() / 60}, run.path)
 
 
 def change_of_words(opened: Opened) -> list[float]:

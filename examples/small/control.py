@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from records import HELD_OUT, RESULTS, exit_with, keep, kept, marked, printed, run_stage
+from records import HELD_OUT, RESULTS, exit_with, keep, kept, marked, printed, require_same, run_stage
 
 from data_pipeline.errors import UserError
 from train import configure
@@ -31,6 +31,8 @@ RATES = ("1e-4", "3e-4")
 DOUBLED = (1, 2, 4, 8)
 """Passes over the captions, in the order in which they are tried."""
 HALVES = ("validation", "test")
+ROUNDED = 1e-4
+"""Nats that the same weights may differ by, measured in other batches."""
 Setting = tuple[str, int]
 """Learning rate and passes."""
 
@@ -47,6 +49,10 @@ def main() -> int:
             tune(rate, arguments.procs)
         for seed in arguments.seeds:
             train(best(), seed, arguments.procs)
+    for record in sorted(RECORDS.glob("*/*.json")):
+        run = RunDir(RUNS / record.parent.name / record.stem)
+        if run.evaluation.exists():
+            require_same(record, measured(run), run.path)
     return printed([table()], arguments.check)
 
 
@@ -79,9 +85,14 @@ def train(setting: Setting, seed: int, procs: str) -> None:
     print(f"\ncontrol: learning rate {setting[0]}, {setting[1]} passes, seed {seed}", flush=True)
     run = run_of(setting, seed)
     run_stage(config_of(setting, seed), {half: str(HELD_OUT / half) for half in HALVES}, procs)
+    keep(record_of(setting, seed), measured(run))
+
+
+def measured(run: RunDir) -> dict[str, Any]:
+    """What the files of a run say."""
     splits = json.loads(run.evaluation.read_text())["splits"]
     found = {half: [splits[half]["nll_blind"], splits[half]["stderr"]["nll_blind"]] for half in HALVES}
-    keep(record_of(setting, seed), {**found, "minutes": run.lived_s() / 60})
+    return {**found, "minutes": run.lived_s() / 60}
 
 
 def tune(rate: str, procs: str) -> None:
@@ -125,11 +136,24 @@ def require_weights(seed: int) -> None:
     """What captions are compared with.
 
     Raises:
-        UserError: the weights went with another machine; its record is not enough.
+        UserError: it was not tuned; or the weights went with another machine: its record is not enough.
     """
-    run, record = run_of(best(), seed), record_of(best(), seed)
+    try:
+        run, record = run_of(best(), seed), record_of(best(), seed)
+    except FileNotFoundError as error:
+        raise UserError(f"the control was not tuned: no {error.filename} (run control.py {seed})") from None
     if not run.final.exists():
         raise UserError(f"no control in {run.path} (delete {record}, and run control.py {seed})")
+
+
+def require_difference(less: float, right: float, seed: int, cure: str) -> None:
+    """A difference that is kept is to the control that is chosen now: captions weigh the same in both losses.
+
+    Raises:
+        UserError: it is to another one.
+    """
+    if abs(recorded(seed)["test"][0] - right - less) > ROUNDED:
+        raise UserError(f"the difference of seed {seed} is to another control than is chosen now ({cure})")
 
 
 def less_of(run: RunDir, seed: int) -> list[float]:

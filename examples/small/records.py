@@ -66,6 +66,16 @@ def kept(record: Path) -> dict[str, Any]:
         raise UserError(f"{record} is no JSON (take it from git again, or delete it to have it measured anew)") from None
 
 
+def require_same(record: Path, found: dict[str, Any], run: Path) -> None:
+    """A record says what a run directory says that is there.
+
+    Raises:
+        UserError: it does not.
+    """
+    if kept(record) != kept(record) | found:
+        raise UserError(f"{record} does not say what {run} says (delete it to have it written anew)")
+
+
 def shown(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Samples of an evaluation, without their pictures."""
     return [{key: value for key, value in sample.items() if key != "image"} for sample in samples]

@@ -14,13 +14,12 @@ document says something else than the records, or a record than run directories 
 import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 import control
 from captions import category_of
-from records import BIN, HELD_OUT, RESULTS, end_where_it_fails, exit_with, keep, kept, printed, run_stage, sample_table, shown
+from records import BIN, HELD_OUT, RESULTS, end_where_it_fails, exit_with, keep, kept, printed, require_same, run_stage, sample_table, shown
 
 from train import configure
 from train.run_dir import RunDir, write_json
@@ -58,11 +57,11 @@ def main() -> int:
         if arguments.check is None and not record_of(seed).exists():
             train(seed, arguments.procs)
             keep(record_of(seed), measured(seed))
-        if all(file.exists() for file in files_of(seed)) and recorded(seed) != recorded(seed) | measured(seed):
-            print(
-                f"error: {record_of(seed)} does not say what {RUNS / str(seed)} says (delete it to have it written anew)", file=sys.stderr
-            )
-            return 1
+        if all(file.exists() for file in files_of(seed)):
+            require_same(record_of(seed), measured(seed), RUNS / str(seed))
+        known = recorded(seed)["figures"]
+        cure = f"delete {record_of(seed)} and {files_of(seed)[-1]}, and run results.py {seed}"
+        control.require_difference(known[LESS][0], known[FIGURES["nll_right"]][0], seed, cure)
     return printed((figures(arguments.seeds), sample_table(recorded(arguments.seeds[0])["samples"])), arguments.check)
 
 

@@ -278,6 +278,9 @@ def main() -> int:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     if not arguments.out.exists():
         build(arguments.packages, arguments.out)
+    missing = [folder for folder in (*TRAINING, *HELD_OUT_SOURCES) if not (arguments.out / folder).exists()]
+    if missing:
+        raise SystemExit(f"error: {arguments.out} has no {missing[0]}: an older version built it (remove it to have it built anew)")
     return index(arguments.out, arguments.tokenizer)
 
 

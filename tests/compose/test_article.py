@@ -12,8 +12,8 @@ from finished_run import write_run
 from PIL import Image
 
 from compose import prompts
-from compose.article import Article, compose
-from compose.assistant import Assistant, Said, Turn, load
+from compose.article import SHORT_ANSWER, Article, ask_for_lines, compose
+from compose.assistant import Assistant, Said, Turn, ask, load
 from compose.cli import main
 from compose.collection import Collection, build
 from compose.page import check_output, write
@@ -26,13 +26,14 @@ TEXT = "# Fruit & <b>sun</b>\n\nApples ripen in the sun.\nBirds like them too.\n
 class Scripted(Assistant):
     """A model whose answers are given; what it is asked is laid out and measured as ever."""
 
-    def __init__(self, model: Assistant, answers: list[str], context: int = 4096) -> None:
+    def __init__(self, model: Assistant, answers: list[str | Said], context: int = 4096) -> None:
         super().__init__(model.model, model.tokenizer, model.images, context, model.stage, model.weights)
         self.answers = answers
 
     def answer(self, turns: list[Turn], max_tokens: int, sampling: Sampling = GREEDY) -> Said:
         assert self.length(turns) <= self.context
-        return Said(self.answers.pop(0), True)
+        answer = self.answers.pop(0)
+        return answer if isinstance(answer, Said) else Said(answer, True)
 
 
 @pytest.fixture(scope="module")
@@ -124,16 +125,56 @@ TOOK = "not marks alone, or lines that are not there, or too many; took the firs
         ("<Seg9>", Read([0, 2, 4], "no valid mark; spread evenly over the lines")),
         ("<Seg0>, <Seg1>, <Seg2>, <Seg3>", Read([0, 1, 2], TOOK)),
         ("", Read([0, 2, 4], "no valid mark; spread evenly over the lines")),
+        (Said("<Seg1>, <Seg3>", False), Read([1, 3], "cut off at the limit of its length; took the first 3 valid marks")),
     ],
 )  # fmt: skip
 def test_marks_are_read_strictly(answer, read):
-    assert prompts.read_lines(answer, 5, 3) == (read if isinstance(read, Read) else Read(read))
+    said = answer if isinstance(answer, Said) else Said(answer, True)
+    assert prompts.read_lines(said.text, 5, 3, said.whole) == (read if isinstance(read, Read) else Read(read))
 
 
 @pytest.mark.parametrize(("answer", "value"), [("A", 0), ("d.", 3), ("E", None), ("A or B", None), ("", None), ("Apple", None)])
 def test_letters_are_read_strictly(answer, value):
     assert prompts.read_choice(answer, 4).value == value
     assert (prompts.read_choice(answer, 4).fallback is None) == (value is not None)
+
+
+def test_answers_that_the_limit_cut_off_are_said(assistant, emoji):
+    article = composed(assistant, emoji, [TEXT, Said("<Seg0>, <Seg2>", False), Said("A red", False), "B", "Snow.", "D."])
+    assert [s.step for s in article.steps if s.fallback and "cut off at the limit" in s.fallback] == ["choose lines", "caption"]
+    assert [caption for _, caption in article.pictures.values()] == ["A red", "Snow."]
+    assert prompts.read_caption("A red", "x", whole=False) == Read("A red", "cut off at the limit of its length")
+    assert prompts.read_caption("A red apple", "x", whole=True) == Read("A red apple")
+
+
+def test_an_answer_with_many_marks_has_room_for_them(assistant):
+    lines, asked = [f"line {i}" for i in range(24)], []
+
+    class Marking(Scripted):
+        def answer(self, turns, max_tokens, sampling=GREEDY):
+            asked.append(max_tokens)
+            return super().answer(turns, max_tokens, sampling)
+
+    marks = ", ".join(f"<Seg{i}>" for i in range(20))
+    *_, read = ask_for_lines(Marking(assistant, [marks]), lines, 20)
+    assert read == Read(list(range(20))) and asked[0] >= len(assistant.tokenizer.encode(marks))
+    ask_for_lines(Marking(assistant, ["none"]), lines, 2)
+    assert asked[1] == SHORT_ANSWER
+    least = assistant.length(ask(*prompts.choose_lines(lines, 20, 5)))
+    *_, read = ask_for_lines(Marking(assistant, [marks], least + SHORT_ANSWER), lines, 20)
+    assert read.fallback is None, "asked, though there is less room"
+    assert ask_for_lines(Marking(assistant, [], least + SHORT_ANSWER - 1), lines, 20) is None
+
+
+def test_a_text_without_blanks_is_no_title_and_is_shown_cut():
+    line = "苹果在阳光下成熟。" * 20
+    value, fallback = prompts.read_article(f"{line}\n{line}好", "写一个故事", whole=True)
+    assert value == ("写一个故事", [line, f"{line}好"]) and "too long for a title" in fallback
+    assert prompts.read_article(f"{line}\n{line}好", line).value.title == line[:120] + " …"
+    assert len(prompts.as_words(prompts.choose_lines([line], 1))) > len(line)
+    assert len(prompts.as_words(prompts.choose_lines([line], 1, 5))) < len(line)
+    words = "photograph " * 9
+    assert "photograph photograph\n" in prompts.as_words(prompts.choose_lines([words], 1, 2)), "words are not cut"
 
 
 def test_a_broken_last_sentence_is_left_out():

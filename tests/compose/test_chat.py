@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from finished_run import write_run
+from hostile_members import jpeg_scans
 from PIL import Image
 
 from compose import chat
@@ -231,6 +232,33 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_in_one_line(demo, tmp_path,
     assert "has no final weights" in refused(language, "hello")
     assert "stage language, which has seen no picture" in refused(language, f"'{picture}'"), "before weights are looked for"
     assert "tokens of prompt are too many" in refused(language, "apple " * 17_000)
+
+
+def test_a_checkpoint_that_has_learnt_no_turns_answers_with_a_note(demo, tmp_path, capsys):
+    language = write_run(demo, tmp_path / "language", "language")
+    with pytest.raises(SystemExit) as ended:
+        main(["chat", str(language), "--ask", "hello", "--max-tokens", "2"])
+    assert ended.value.code == 0
+    assert "is of stage language: it has learnt no turns" in capsys.readouterr().err
+
+
+def test_a_picture_that_decodes_but_that_training_refuses_is_refused_in_one_line(run_dir, tmp_path, capsys):
+    (tmp_path / "many.jpg").write_bytes(jpeg_scans(64, 500))
+    with pytest.raises(SystemExit) as ended:
+        main(["chat", str(run_dir), "--ask", f"what is {tmp_path / 'many.jpg'}"])
+    assert ended.value.code == 2
+    assert re.fullmatch("error: .*many.jpg does not decode as a picture .*\n", capsys.readouterr().err)
+
+
+def test_control_c_is_said_in_one_line(run_dir, monkeypatch, capsys):
+    def stopped(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "ask_once", stopped)
+    monkeypatch.setattr("sys.excepthook", None)  # put back behind the test
+    with pytest.raises(KeyboardInterrupt):
+        main(["chat", str(run_dir), "--ask", "hello"])
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_a_mistake_costs_its_line_and_new_forgets(run_dir, picture, monkeypatch, capsys):

@@ -193,6 +193,23 @@ def test_a_build_that_says_what_it_holds_out_in_a_page_ends(tmp_path):
         check(tmp_path, set())
 
 
+def test_a_package_that_cannot_be_downloaded_is_one_line(tmp_path):
+    from sources import Package, fetch
+
+    for command, said in ((("no-such-program",), "No such file"), (("false",), "exit status 1")):
+        with pytest.raises(SystemExit, match=rf"^error: .*a\.deb cannot be downloaded: .*{said}.* \(mend that, or put the file there\)$"):
+            fetch(Package("a.deb", "0" * 64, command), tmp_path)
+
+
+def test_data_of_an_older_version_is_said(tmp_path, monkeypatch):
+    import small_data
+
+    (tmp_path / "data" / "pairs").mkdir(parents=True)
+    monkeypatch.setattr(sys, "argv", ["small_data.py", "--packages", str(tmp_path), "--out", str(tmp_path / "data"), "--tokenizer", "t"])
+    with pytest.raises(SystemExit, match=r"^error: .*data has no captions: an older version built it \(remove it"):
+        small_data.main()
+
+
 def test_conversations_are_samples_and_their_answers_stand_in_the_data():
     from conversations import of_composition, of_documents, of_pairs, webp
     from packages import Document, Figure, Pair

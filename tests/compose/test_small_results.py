@@ -58,7 +58,7 @@ def write_seed(seed: int) -> None:
     write(RUNS / str(seed) / "pretrain" / "evaluation.json", evaluation)
     lived(RUNS / str(seed) / "pretrain", 600)
     write(RUNS / str(seed) / "pretrain" / "text.json", {"tables": [{"notes": ["Logits are the same."]}]})
-    write(RUNS / str(seed) / "pretrain" / "paired.json", [0.25, 0.05])
+    write(RUNS / str(seed) / "pretrain" / "paired.json", [3.5 - seed / 100, 0.05])
     rows = [{"figure": f, "value": 0.3, "stderr": 0.02} for f in ("retrieval_of_10", "picture_of_10")]
     write(RUNS / str(seed) / "pretrain" / "alike.json", {"tables": [{"rows": rows}]})
     write(record_of(seed), {"processor": "a processor", **measured(seed)})
@@ -81,6 +81,7 @@ def check(monkeypatch, program, document: Path) -> int:
 
 
 def test_the_check_of_results_fails_where_the_document_says_something_else(monkeypatch, tmp_path, capsys):
+    import control
     import records
     import results
 
@@ -101,7 +102,7 @@ def test_the_check_of_results_fails_where_the_document_says_something_else(monke
     assert "| k/1 | a saw | **a saw** | a bull |" in said
     assert "| norm of B, which is 0 at the start | 50.000 | 51.000 |" in said
     assert f"| {results.CONTROL} | 4.000 ± 0.100 | 4.000 ± 0.100 |" in said
-    assert f"| {results.LESS} | 0.250 ± 0.050 | 0.250 ± 0.050 |" in said
+    assert f"| {results.LESS} | 3.500 ± 0.050 | 3.490 ± 0.050 |" in said
     assert "| number format | bfloat16 | bfloat16 | | |" in said
     assert "| trained on | a processor | a processor | | |" in said
     document.write_text(said.replace("0.510", "0.610"))
@@ -113,16 +114,24 @@ def test_the_check_of_results_fails_where_the_document_says_something_else(monke
     assert check(monkeypatch, results, document) == 1, "a line behind it"
     document.write_text(said)
     lived(results.RUNS / "1" / "pretrain", 660)
-    assert check(monkeypatch, results, document) == 1
-    assert "seed-1.json does not say what runs/small/seeds/1 says" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"seed-1.json does not say what runs/small/seeds/1 says"):
+        check(monkeypatch, results, document)
     shutil.rmtree(results.RUNS)
     assert check(monkeypatch, results, document) == 0, "a record is enough"
+    chosen = control.record_of(control.best(), 1)
+    found = json.loads(chosen.read_text())
+    write(chosen, found | {"test": [4.1, 0.1]})
+    with pytest.raises(
+        UserError, match=r"difference of seed 1 is to another control .*delete .*seed-1.json and .*paired.json, and run results.py 1"
+    ):
+        check(monkeypatch, results, document)
+    write(chosen, found)
     results.record_of(1).write_text("{")
     with pytest.raises(UserError, match=r"seed-1.json is no JSON \(take it from git"):
         check(monkeypatch, results, document)
 
 
-def test_the_check_of_stages_fails_where_the_document_or_a_run_says_something_else(monkeypatch, tmp_path, capsys):
+def test_the_check_of_stages_fails_where_the_document_or_a_run_says_something_else(monkeypatch, tmp_path):
     import records
     import three_stages as stages
 
@@ -156,7 +165,8 @@ def test_the_check_of_stages_fails_where_the_document_or_a_run_says_something_el
     assert checked(said) == 0
     assert checked(said.replace("0.400", "0.500")) == 1
     lived(stages.RUNS / "sft", 1260)
-    assert checked(said) == 1 and "does not say what" in capsys.readouterr().err
+    with pytest.raises(UserError, match="does not say what"):
+        checked(said)
 
 
 def test_the_documents_that_are_committed_say_what_the_committed_records_say(monkeypatch):
@@ -177,6 +187,18 @@ def test_the_control_is_trained_as_validation_prefers_and_its_config_is_that(mon
     assert control.table().endswith("| 1e-4 | 1: 3.500 · **2: 3.000** · 4: 3.100 |\n| 3e-4 | 1: 4.000 · 2: 4.500 |"), (
         "no more than is worse"
     )
+    document = tmp_path / "results.md"
+    document.write_text(control.table())
+    run = control.run_of(control.best(), 1)
+    split = {"nll_blind": 9.0, "stderr": {"nll_blind": 0.1}}
+    write(run.evaluation, {"splits": {"validation": split, "test": split | {"nll_blind": 4.0}}})
+    lived(run.path, 480)
+    assert check(monkeypatch, control, document) == 0
+    for seconds, nats in ((540, 4.0), (480, 4.1)):
+        lived(run.path, seconds)
+        write(run.evaluation, {"splits": {"validation": split, "test": split | {"nll_blind": nats}}})
+        with pytest.raises(UserError, match=r"control/1/1e-4-2.json does not say what runs/small/control/1/1e-4-2 says"):
+            check(monkeypatch, control, document)
     monkeypatch.chdir(EXAMPLES.parent)
     config, (rate, passes) = configure.load(control.CONFIG), control.best()
     assert (config.train.lr, float(config.data.sources["captions"].weight)) == (float(rate), passes)
@@ -197,7 +219,7 @@ def test_an_arm_of_the_ablation_takes_the_rate_that_validation_prefers(monkeypat
         for number, rate in enumerate(rates):
             write_record(arm, rate, 0, validation=4.0 + abs(number - (0 if arm == "lora" else 1)))
         for seed in (0, 1):
-            test = {figure: [0.5 + seed, 0.25] for figure in ablation.COLUMNS}
+            test = {figure: [0.5 + seed, 0.25] for figure in ablation.COLUMNS} | {"less": [3.5 - seed, 0.25]}
             write_record(arm, ablation.best_rate(arm), seed, minutes=10.0, test=test)
     chosen = {arm: rates[0 if arm == "lora" else 1] for arm, rates in ablation.RATES.items()}
     assert {arm: ablation.best_rate(arm) for arm in ablation.RATES} == chosen
@@ -208,15 +230,45 @@ def test_an_arm_of_the_ablation_takes_the_rate_that_validation_prefers(monkeypat
     said = document.read_text()
     assert "| plora | 3e-4: 5.000 · **1e-3: 4.000** · 3e-3: 5.000 · 1e-2: 6.000 |  |" in said
     assert "| no picture | 4.000 ± 0.000 (0.100) | | | | | | |" in said
-    assert f"| plora {'| 1.000 ± 0.707 (0.250) ' * 6}| 10 |" in said
+    others = "| 1.000 ± 0.707 (0.250) "
+    assert f"| plora {others}| 3.000 ± 0.707 (0.250) {others * 4}| 10 |" in said
     document.write_text(said.replace("0.707", "0.0"))
     assert check(monkeypatch, ablation, document) == 1
     document.write_text(said)
+    run = ablation.run_of("plora", "1e-3", 1)
+
+    def ran(seconds: int, nats: float) -> None:
+        write(ablation.captions_of(run), {"tables": [{"rows": [{"figure": "nll_right", "value": nats, "stderr": 0.25}]}]})
+        lived(run.path, seconds)
+
+    ran(600, 1.5)
+    assert check(monkeypatch, ablation, document) == 0
+    for seconds, nats in ((660, 1.5), (600, 1.6)):
+        ran(seconds, nats)
+        with pytest.raises(UserError, match=r"1/plora-1e-3.json does not say what runs/small/ablation/1/plora-1e-3 says"):
+            check(monkeypatch, ablation, document)
+    shutil.rmtree(run.path)
+    write_record("plora", "1e-3", 1, test=test | {"less": [2.4, 0.25]})
+    with pytest.raises(UserError, match=r"difference of seed 1 is to another control .*1/plora-1e-3.json, and run ablation.py 1"):
+        check(monkeypatch, ablation, document)
     monkeypatch.setitem(ablation.RATES, "projector", ("2e-3",))
     for seed in (0, 1):
-        write_record("projector", "2e-3", seed, validation=1.0, minutes=10.0, test={figure: [0.5, 0.25] for figure in ablation.COLUMNS})
+        test = {figure: [0.5, 0.25] for figure in ablation.COLUMNS} | {"less": [3.5, 0.25]}
+        write_record("projector", "2e-3", seed, validation=1.0, minutes=10.0, test=test)
     with pytest.raises(FileNotFoundError):  # PLoRA was trained beside a projector of another rate
         check(monkeypatch, ablation, document)
+
+
+def test_the_ablation_asks_for_the_control_before_it_trains(monkeypatch):
+    import ablation
+
+    monkeypatch.setattr(ablation, "side_by_side", lambda *tasks: pytest.fail("trained"))
+    monkeypatch.setattr(sys, "argv", ["ablation.py", "0"])
+    with pytest.raises(UserError, match=r"the control was not tuned: no .*1e-4-1.json \(run control.py 0\)"):
+        ablation.main()
+    write_controls()
+    with pytest.raises(UserError, match="no control in runs/small/control/0/1e-4-2"):
+        ablation.main()
 
 
 def test_words_alone_leave_out_the_begin_and_the_end_that_captions_teach(run_dir, demo, monkeypatch):

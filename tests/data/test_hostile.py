@@ -173,6 +173,17 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded():
     assert image_size(jpeg_scans(4000, 20)) == (4000, 4000)
 
 
+def test_what_stands_in_a_jpegs_metadata_or_behind_its_end_is_no_scan():
+    jpeg, film = jpeg_scans(64, 20), b"\xff\xda\0\x08" * 500
+    note = b"\xff\xed" + (len(film) + 2).to_bytes(2) + film
+    assert image_size(jpeg[:2] + note + jpeg[2:] + film) == (64, 64)
+    first = jpeg.index(b"\xff\xda") + 10
+    with pytest.raises(BadSample, match="in 102 scans"):  # the others behind a marker that a decoder drops where it looks for a restart
+        image_size(jpeg[:first] + b"\xff\x02\x7f\xfe" + jpeg_scans(64, 101)[2:])
+    with pytest.raises(BadSample, match="in 101 scans"):
+        image_size(jpeg[:2] + note + jpeg_scans(64, 101)[2:] + film)
+
+
 def test_a_picture_with_alpha_is_held_three_times_at_most():
     """At the pixel limit each copy is 700 MB."""
     side = 3000

@@ -43,6 +43,7 @@ from train.run_dir import RunDir, own
         ("data.images.policy=partition; data.images.most_tiles=100; model.projector.marks=true", "the largest image of 205"),
         ("data.tokenizer=/nowhere", "data.tokenizer"),
         ("data.sources.pairs.path=/nowhere", "data.sources.pairs"),
+        ("data.sources.pairs.path=s3://bucket/pairs", "data.sources.pairs: a remote source keeps its index"),
         ("evaluate.splits={birds: /nowhere}", "evaluate.splits.birds: no source.json"),
         ("evaluate.text=/nowhere", "evaluate.text: no source.json"),
         ("slurm.gpus_per_node=9", "have 8"),
