@@ -108,15 +108,14 @@ def figures(seeds: list[int]) -> str:
     records = [recorded(seed) for seed in seeds]
     columns = [_column(record["figures"], control.recorded(seed)) for seed, record in zip(seeds, records, strict=True)]
     lines = [f"| | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | bar |", "|---" * (len(seeds) + 3) + "|"]
-    names = max(columns, key=len)  # older records lack some
-    of_row = {name: [column.get(name) for column in columns] for name in names}
-    values = {name: [cell[0] for cell in row if cell] for name, row in of_row.items() if not isinstance(row[-1], str)}
+    of_row = {name: [column[name] for column in columns] for name in columns[0]}
+    values = {name: [cell[0] for cell in row] for name, row in of_row.items() if not isinstance(row[0], str)}
     means = {name: statistics.mean(found) for name, found in values.items()}
     for name, row in of_row.items():
         if name not in means:
             lines.append(f"| {name} | {' | '.join(row)} | | |")
             continue
-        cells = ["not kept" if cell is None else f"{cell[0]:.3f}{f' ± {cell[1]:.3f}' if cell[1] else ''}" for cell in row]
+        cells = [f"{cell[0]:.3f}{f' ± {cell[1]:.3f}' if cell[1] else ''}" for cell in row]
         spread = f" ± {statistics.stdev(values[name]):.3f}" if len(values[name]) > 1 else ""
         lines.append(f"| {name} | {' | '.join(cells)} | **{means[name]:.3f}**{spread} | {bar(name, means)} |")
     lines.append(f"| trained on | {' | '.join(record['processor'] for record in records)} | | |")
