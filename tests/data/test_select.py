@@ -50,7 +50,7 @@ def chosen(source: Path, where: str = "true", unique: tuple[str, ...] = (), near
     _, elements = opened.elements(rows)
     assert (made.samples, made.text_tokens, made.images) == (len(rows), elements["tokens"].sum(), (elements["width"] > 0).sum())
     assert sum(made.left_out.values()) == made.of - made.samples
-    keys = opened.keys()
+    keys = list(opened.keys())
     return [keys[row] for row in rows]
 
 
