@@ -201,7 +201,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(stage, tmp_path
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a folder read-only")
-def test_a_clock_that_jumps_metrics_that_vanish_and_a_run_directory_that_turns_read_only_lose_no_state(stage, whole):
+def test_a_clock_that_jumps_metrics_that_vanish_and_a_run_directory_that_turns_read_only_lose_no_state(stage, whole, tmp_path_factory):
     made = stage()
     made.environment["PYTHONPATH"] = os.pathsep.join([JUMPING, os.environ.get("PYTHONPATH", "")])
     process = made.start()
@@ -211,10 +211,11 @@ def test_a_clock_that_jumps_metrics_that_vanish_and_a_run_directory_that_turns_r
     for pid in made.rank_pids():
         os.kill(pid, signal.SIGALRM)
     made.wait_for(6, process)
-    directory = str(made.run.path)
-    subprocess.run(["mount", "--bind", directory, directory], check=True)
+    directory, aside = str(made.run.path), str(tmp_path_factory.mktemp("aside"))
+    subprocess.run(["mount", "--bind", directory, aside], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", aside], check=True)  # where nobody writes: one that is written to is busy
+    subprocess.run(["mount", "--bind", aside, directory], check=True)
     try:
-        subprocess.run(["mount", "-o", "remount,bind,ro", directory], check=True)
         _, errors = process.communicate(timeout=400)
         assert process.returncode == EXIT_USER, errors
         (line,) = errors.strip().splitlines()
@@ -225,6 +226,7 @@ def test_a_clock_that_jumps_metrics_that_vanish_and_a_run_directory_that_turns_r
         assert "run.dir: cannot write" in again.stderr
     finally:
         subprocess.run(["umount", "-l", directory], check=True)
+        subprocess.run(["umount", "-l", aside], check=True)
     assert made.train().returncode == EXIT_DONE
     lines = jsonl.read(made.run.metrics)
     assert lines[0]["step"] > 1, "what was removed is gone"
