@@ -8,10 +8,12 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import psutil
 import pytest
 from demo_data import START, segments_of
 from PIL import Image
@@ -287,3 +289,37 @@ def test_a_worker_that_dies_names_what_is_not_done_and_one_process_does_it(demo,
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match(r"error: a worker died; [1-8] of 8 shards are not done: (?=.*b\.tar).*\(.*run the same with --workers 1\)$", line)
     assert xc_data(*started, "--workers", 1) == 0
+
+
+SLOW = """
+import os, sys, time
+from data_pipeline.cli import main
+from data_pipeline.shards import index
+
+def walk_file(*_):
+    os.write(1, b"walking\\n")
+    time.sleep(60)
+
+index.walk_file = walk_file
+main(sys.argv[1:])
+"""
+
+
+def catches_sigint(pid: int) -> bool:
+    """Whether a process has a handler of its own, as Python has until a worker begins."""
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1]
+    return bool(int(caught, 16) >> (signal.SIGINT - 1) & 1)
+
+
+def test_control_c_ends_an_index_and_its_workers_busy_or_not_with_one_line(demo, tmp_path):
+    for name in "ab":
+        write_tar(tmp_path / f"{name}.tar", make_pairs(2))
+    command = [sys.executable, "-c", SLOW, "index", str(tmp_path), "--tokenizer", str(demo.tokenizer), "--kind", "pair", "--workers", "6"]
+    process = subprocess.Popen(command, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "walking\n"
+    while len(ready := [worker.pid for worker in psutil.Process(process.pid).children() if not catches_sigint(worker.pid)]) < 6:
+        time.sleep(0.01)
+        assert process.poll() is None, ready
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=50)
+    assert (errors, process.returncode) == ("interrupted\n", -signal.SIGINT), "a shell's loop ends with it"

@@ -194,3 +194,18 @@ def test_status_says_why_a_job_waits_and_until_when_and_stop_takes_it_out_of_the
     assert "waits      BeginTime, not before a set time, as after a requeue, expected to start at 20" in shown
     assert stage.command("stop", str(stage.path)).returncode == 0
     assert "CANCELLED" in stage.command("status", str(stage.path)).stdout
+
+
+def test_control_c_leaves_a_watch_and_interrupts_a_submission(monkeypatch, tmp_path, capsys):
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.excepthook", None)  # put back behind the test
+    monkeypatch.setattr("slurm.cli._status", interrupted)
+    monkeypatch.setattr("slurm.cli._submit", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main(["status", str(tmp_path), "--watch"])
+    assert ended.value.code == 0 and not capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        main(["submit", "my.yaml"])
+    assert capsys.readouterr().err == "interrupted\n"
