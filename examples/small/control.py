@@ -40,7 +40,12 @@ Setting = tuple[str, int]
 def main() -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description="Tunes the language model that sees no picture, and trains it with seeds.")
-    parser.add_argument("seeds", nargs="+", type=int, help="seeds that are trained with what seed 0 prefers: 0 1 2")
+    parser.add_argument(
+        "seeds",
+        nargs="+",
+        type=int,
+        help="seeds that are trained with what seed 0 prefers: 0 1 2; 7 trainings, hours, but for what has a record",
+    )
     parser.add_argument("--procs", default="1", help="ranks of a training (default 1: all weights learn, and two would send them all)")
     parser.add_argument("--check", type=Path, help="a document that must hold the table; nothing is trained")
     arguments = parser.parse_args()

