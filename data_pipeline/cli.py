@@ -6,6 +6,7 @@ Invariant: user errors end in one line on stderr and exit code 2; results go to 
 import argparse
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -199,6 +200,7 @@ def _together(pool: ProcessPoolExecutor, work: Callable[[Any], Any], items: Sequ
         for future in futures:
             yield future.result()
     except BrokenProcessPool:
+        time.sleep(0.2)  # Ctrl-C, which ends the workers, is on its way to this process too, and is then what is said
         left = [name for name, future in zip(names, futures, strict=True) if not future.done() or future.exception()]
         more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
         said = f"a worker died; {len(left)} of {len(names)} shards are not done: {', '.join(left[:_NAMED])}{more}"
